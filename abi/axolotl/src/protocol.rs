@@ -1,0 +1,1 @@
+//! The messages between `axl` and the control domain.

@@ -1,0 +1,1 @@
+//! Several domains in one process, for tests.
