@@ -1,0 +1,162 @@
+//! Consoles: the last bytes of each domain, and of the core itself (ADR 2).
+
+use crate::access;
+use crate::domain::Domain;
+use crate::fault::{Answer, Fault};
+use crate::platform::Platform;
+use crate::state::Core;
+use axolotl_abi::control::{CONSOLE_OF_CORE, ConsoleRead, Rights};
+use core::fmt::{self, Write};
+use xen_abi::hypercall::{CONSOLEIO_READ, CONSOLEIO_WRITE};
+use xen_abi::{DomainId, Errno, event};
+
+/// Bytes that are kept of each domain's console.
+const RING: u64 = 4096;
+/// Bytes that are kept of the core's own messages.
+const LOG_BYTES: usize = 8192;
+/// Bytes that one hypercall moves before others get a chance.
+const CHUNK: usize = 128;
+/// Chunks of a domain's own ring that one hypercall moves.
+const CHUNKS: usize = 16;
+
+/// The core's own messages.
+pub(crate) struct Log {
+    bytes: [u8; LOG_BYTES],
+    written: u64,
+}
+
+impl Log {
+    pub(crate) const fn new() -> Self {
+        Self { bytes: [0; LOG_BYTES], written: 0 }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.bytes[ring_index(self.written, LOG_BYTES)] = byte;
+            self.written += 1;
+        }
+    }
+}
+
+fn ring_index(position: u64, bytes: usize) -> usize {
+    usize::try_from(position % bytes as u64).unwrap_or(0)
+}
+
+struct Sink<'a, P: Platform>(&'a mut Log, &'a mut P);
+
+impl<P: Platform> Write for Sink<'_, P> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.push(text.as_bytes());
+        self.1.console_write(text.as_bytes());
+        Ok(())
+    }
+}
+
+impl<P: Platform> Core<P> {
+    /// Writes a line to the machine's console as `core| text`, and to the core's log. The text
+    /// must be one that no domain can cause without limit.
+    pub fn print(&mut self, p: &mut P, text: fmt::Arguments<'_>) {
+        p.console_write(b"core| ");
+        // A sink that cannot fail.
+        let _ = Sink(&mut self.log, p).write_fmt(text);
+        let _ = Sink(&mut self.log, p).write_str("\n");
+    }
+
+    /// `console_io`.
+    pub(crate) fn console_io(
+        &mut self,
+        p: &mut P,
+        id: DomainId,
+        [command, count, buffer, ..]: [u64; 5],
+    ) -> Answer {
+        match command {
+            CONSOLEIO_WRITE => self.console_out(p, id, count, buffer),
+            // There is no input: `axl` comes by the second serial port.
+            CONSOLEIO_READ => Ok(0),
+            _ => Err(Errno::ENOSYS.into()),
+        }
+    }
+
+    fn console_out(&mut self, p: &mut P, id: DomainId, count: u64, buffer: u64) -> Answer {
+        // As Xen does it; what is beyond could not be meant.
+        let count = count.min(i32::MAX as u64);
+        let direct = self.me(id).rights.contains(Rights::CONSOLE);
+        let mut done = u64::from(self.me(id).vcpu.progress).min(count);
+        for _ in 0..if direct { 1 } else { CHUNKS } {
+            if done == count {
+                break;
+            }
+            let mut chunk = [0; CHUNK];
+            let len = CHUNK.min(usize::try_from(count - done).unwrap_or(CHUNK));
+            let domain = self.me_mut(id);
+            access::read(p, &domain.p2m, buffer.wrapping_add(done), &mut chunk[..len])?;
+            append(p, domain, &chunk[..len]);
+            if direct {
+                p.console_write(&chunk[..len]);
+            }
+            done += len as u64;
+        }
+        if done < count {
+            self.me_mut(id).vcpu.progress = u32::try_from(done).unwrap_or(0);
+            return Err(Fault::Again);
+        }
+        if !direct {
+            self.raise_global(p, event::VIRQ_CON_RING);
+        }
+        Ok(0)
+    }
+
+    /// [`ConsoleRead`].
+    pub(crate) fn console_read(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
+        let mut op: ConsoleRead = self.get(p, id, gpa)?;
+        let (written, ring) = if op.domid == CONSOLE_OF_CORE {
+            (self.log.written, LOG_BYTES as u64)
+        } else {
+            (self.domain(op.domid).ok_or(Errno::ESRCH)?.console_written, RING)
+        };
+        op.position = op.position.clamp(written.saturating_sub(ring), written);
+        let wanted = u64::from(op.len.min(4096)).min(written - op.position);
+        let mut done = 0;
+        while done < wanted {
+            let mut chunk = [0; CHUNK];
+            let len = (wanted - done).min(CHUNK as u64);
+            let part = &mut chunk[..usize::try_from(len).unwrap_or(CHUNK)];
+            self.console_bytes(p, op.domid, op.position + done, part);
+            access::write(p, &self.me(id).p2m, op.buffer.wrapping_add(done), part)?;
+            done += len;
+        }
+        op.position += wanted;
+        op.len = u32::try_from(wanted).unwrap_or(0);
+        self.put(p, id, gpa, &op)?;
+        Ok(0)
+    }
+
+    fn console_bytes(&self, p: &P, whose: DomainId, position: u64, part: &mut [u8]) {
+        for (byte, position) in part.iter_mut().zip(position..) {
+            *byte = match self.domain(whose) {
+                Some(domain) => p.load8(domain.console, ring_index(position, 4096)),
+                None => self.log.bytes[ring_index(position, LOG_BYTES)],
+            };
+        }
+    }
+
+    /// The last bytes that a domain wrote, newest last, as far as they fit; for tests.
+    #[must_use]
+    pub fn console_tail(&self, p: &P, id: DomainId, buffer: &mut [u8]) -> usize {
+        let Some(domain) = self.domain(id) else { return 0 };
+        let len = domain.console_written.min(RING).min(buffer.len() as u64);
+        let part = &mut buffer[..usize::try_from(len).unwrap_or(0)];
+        self.console_bytes(p, id, domain.console_written - len, part);
+        part.len()
+    }
+}
+
+fn append<P: Platform>(p: &mut P, domain: &mut Domain<P>, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        let at = ring_index(domain.console_written, 4096);
+        let (now, later) = bytes.split_at(bytes.len().min(4096 - at));
+        p.write(domain.console, at, now);
+        domain.console_written += now.len() as u64;
+        bytes = later;
+    }
+}

@@ -1,0 +1,173 @@
+//! One processor's loop.
+
+use crate::domain::Cause;
+use crate::fault::Fault;
+use crate::hypercall;
+use crate::platform::{Exit, HYPERCALL_BYTES, Platform, Space};
+use crate::sched::Next;
+use crate::state::Core;
+use axolotl_abi::control::{DEATH_FAULT, Rights};
+use xen_abi::{DomainId, event};
+
+/// Where a domain that is made to crash goes on: no page can be there.
+const NOWHERE: u64 = 0x7ead_dead_d000;
+
+/// A vCPU on a processor.
+struct Running<V> {
+    id: DomainId,
+    state: V,
+    space: Space,
+    ports: bool,
+}
+
+/// What one processor keeps between two steps.
+pub struct CpuLoop<P: Platform> {
+    running: Option<Running<P::Vcpu>>,
+}
+
+impl<P: Platform> Default for CpuLoop<P> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<P: Platform> CpuLoop<P> {
+    /// A processor that runs nothing yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { running: None }
+    }
+
+    /// Runs a vCPU until it stops, or waits, and deals with the reason.
+    pub fn step(&mut self, p: &mut P, core: &spin::Mutex<Core<P>>) {
+        let Some(running) = &mut self.running else {
+            return self.idle(p, core);
+        };
+        let exit = p.run(&mut running.state, running.space, running.ports);
+        if exit == Exit::Hypercall {
+            let registers = P::registers_mut(&mut running.state);
+            if let Some(answer) = hypercall::without_core(registers) {
+                registers.rax = answer;
+                return;
+            }
+        }
+        let mut core = core.lock();
+        core.exited(p, running.id, &mut running.state, exit);
+        if core.decide(p, running.id) == Next::Stay {
+            running.space = core.me(running.id).p2m.space();
+        } else if let Some(Running { id, state, .. }) = self.running.take() {
+            core.put_away(p, id, state);
+            core.apply_orders(p, id);
+            self.running = Self::pick(p, &mut core);
+        }
+        core.arm_timer(p);
+    }
+
+    fn idle(&mut self, p: &mut P, core: &spin::Mutex<Core<P>>) {
+        {
+            let mut core = core.lock();
+            core.tick(p);
+            self.running = Self::pick(p, &mut core);
+            if self.running.is_none() {
+                core.go_idle(p);
+            }
+            core.arm_timer(p);
+        }
+        if self.running.is_none() {
+            let exit = p.wait();
+            let mut core = core.lock();
+            core.left_space(p);
+            core.interrupted(p, exit);
+        }
+    }
+
+    fn pick(p: &mut P, core: &mut Core<P>) -> Option<Running<P::Vcpu>> {
+        let (id, state) = core.pick(p)?;
+        let domain = core.me(id);
+        let ports = domain.rights.contains(Rights::CONSOLE);
+        Some(Running { id, state, space: domain.p2m.space(), ports })
+    }
+}
+
+/// Runs domains on this processor, forever. The machine layer calls it on each processor once
+/// [`Core::start_control`] is done.
+pub fn cpu_loop<P: Platform>(p: &mut P, core: &spin::Mutex<Core<P>>) -> ! {
+    let mut cpu = CpuLoop::new();
+    loop {
+        cpu.step(p, core);
+    }
+}
+
+impl<P: Platform> Core<P> {
+    /// Deals with the reason why a vCPU stopped.
+    fn exited(&mut self, p: &mut P, id: DomainId, state: &mut P::Vcpu, exit: Exit) {
+        match exit {
+            Exit::Hypercall => self.hypercall(p, id, state),
+            Exit::Fault { vector, error, address } => {
+                let cause = Cause { cause: DEATH_FAULT, detail: 0, vector, error, address };
+                self.me_mut(id).vcpu.doomed = Some(cause);
+            }
+            other => self.interrupted(p, other),
+        }
+        // With its registers at hand: nobody else may be ordered to wait for that.
+        if let Some(cause) = self.me_mut(id).vcpu.doomed.take() {
+            let registers = *P::registers(state);
+            self.die(p, id, cause, &registers);
+        } else if core::mem::take(&mut self.me_mut(id).vcpu.crash) {
+            self.derail(p, id, state);
+        }
+    }
+
+    fn hypercall(&mut self, p: &mut P, id: DomainId, state: &mut P::Vcpu) {
+        let registers = P::registers_mut(state);
+        let r = *registers;
+        self.me_mut(id).vcpu.hypercalls += 1;
+        let answer = self.dispatch(p, id, r.rax, [r.rdi, r.rsi, r.rdx, r.r10, r.r8]);
+        match answer {
+            Err(Fault::Again) => registers.rip = r.rip.wrapping_sub(HYPERCALL_BYTES),
+            Ok(value) => registers.rax = value,
+            Err(Fault::Refused(errno)) => registers.rax = errno.to_result().cast_unsigned(),
+        }
+        if answer == Err(Fault::Again) {
+            // Whoever deserves the processor more gets it between two parts.
+            self.tick(p);
+        } else {
+            self.me_mut(id).vcpu.progress = 0;
+        }
+    }
+
+    fn interrupted(&mut self, p: &mut P, exit: Exit) {
+        match exit {
+            Exit::Device { vector } => {
+                if let Some((owner, port)) = self.pci.route(vector) {
+                    self.raise(p, owner, port);
+                }
+            }
+            Exit::Serial => self.raise_global(p, event::VIRQ_CONSOLE),
+            _ => {}
+        }
+        self.tick(p);
+    }
+
+    /// Carries out what was ordered for a vCPU while a processor ran it.
+    fn apply_orders(&mut self, p: &mut P, id: DomainId) {
+        let Some(mut state) = self.me_mut(id).vcpu.state.take() else { return };
+        if let Some(cause) = self.me_mut(id).vcpu.doomed.take() {
+            let registers = *P::registers(&state);
+            self.me_mut(id).vcpu.state = Some(state);
+            return self.die(p, id, cause, &registers);
+        }
+        if core::mem::take(&mut self.me_mut(id).vcpu.crash) {
+            self.derail(p, id, &mut state);
+        }
+        self.me_mut(id).vcpu.state = Some(state);
+    }
+
+    /// Makes a vCPU go on at an address where nothing is, as if it had been called.
+    pub(crate) fn derail(&mut self, p: &mut P, id: DomainId, state: &mut P::Vcpu) {
+        let registers = P::registers_mut(state);
+        self.me_mut(id).vcpu.crashed_at = Some(registers.rip);
+        registers.rip = NOWHERE;
+        self.wake(p, id);
+    }
+}

@@ -1,0 +1,531 @@
+//! Who runs where: strict priority classes, a budget for each vCPU, one run queue for all
+//! processors, and everything that happens at a set time.
+//!
+//! A vCPU that has used up its budget waits in the lowest queue until its period ends, so that a
+//! spinning driver cannot starve guests, and uses what nobody else wants. Within a queue each runs
+//! for a slice. A vCPU that wakes goes to an idle processor, else displaces the least important
+//! one that is less important than itself.
+//!
+//! Each processor keeps its timer at the earliest time of all, or sooner: whoever makes a time
+//! earlier is about to leave the core and sets its own timer on the way out.
+
+use crate::domain::{Cause, MAX_DOMAINS, NEVER, Stage, WATCHDOGS, Wait};
+use crate::event::PORT_LIMIT;
+use crate::fault::{Answer, Fault};
+use crate::platform::{CpuId, MAX_CPUS, Platform};
+use crate::state::Core;
+use axolotl_abi::control::{DEATH_SHUTDOWN, DEATH_WATCHDOG};
+use heapless::Deque;
+use xen_abi::sched::{self, Poll, SHUTDOWN_WATCHDOG, Shutdown, Watchdog};
+use xen_abi::shared_info::{EVTCHN_PENDING, VCPU_UPCALL_PENDING};
+use xen_abi::{DomainId, Errno, EventPort, event};
+
+/// Queue of those that have used up their budget, behind one for each `CLASS_*`.
+pub const EXHAUSTED: usize = 3;
+const QUEUES: usize = EXHAUSTED + 1;
+/// How long a vCPU runs before others of its queue do.
+const SLICE_NS: u64 = 10_000_000;
+/// Most ports of a poll.
+const POLL_PORTS: u32 = 128;
+/// Longest watchdog, in seconds: a year.
+const WATCHDOG_MAX_S: u32 = 31_536_000;
+
+/// What the scheduler knows of a processor.
+#[derive(Clone, Copy)]
+struct Cpu {
+    /// What it runs.
+    running: Option<DomainId>,
+    /// Whose address space it may still have loaded.
+    loaded: Option<DomainId>,
+    /// It waits, and nobody has kicked it since.
+    idle: bool,
+    /// It shall look for something better to run.
+    reschedule: bool,
+    /// Until when its time is accounted for.
+    since: u64,
+    /// When the slice of what it runs ends.
+    slice_end: u64,
+    /// What its timer is set to.
+    timer: u64,
+}
+
+impl Cpu {
+    const fn new() -> Self {
+        Self {
+            running: None,
+            loaded: None,
+            idle: false,
+            reschedule: false,
+            since: 0,
+            slice_end: NEVER,
+            timer: NEVER,
+        }
+    }
+}
+
+/// Run queues, processors, times.
+pub struct Sched {
+    queues: [Deque<DomainId, MAX_DOMAINS>; QUEUES],
+    cpus: [Cpu; MAX_CPUS],
+    /// Processors that run domains.
+    pub(crate) count: usize,
+    /// The next time at which something happens to each domain.
+    deadlines: [u64; MAX_DOMAINS],
+    /// The earliest of them.
+    next: u64,
+}
+
+impl Sched {
+    pub(crate) const fn new() -> Self {
+        Self {
+            queues: [const { Deque::new() }; QUEUES],
+            cpus: [const { Cpu::new() }; MAX_CPUS],
+            count: 0,
+            deadlines: [NEVER; MAX_DOMAINS],
+            next: NEVER,
+        }
+    }
+
+    fn cpu(&mut self, cpu: CpuId) -> &mut Cpu {
+        &mut self.cpus[usize::from(cpu.0)]
+    }
+
+    fn push(&mut self, queue: usize, id: DomainId) {
+        // There is room for every domain, and each is queued once.
+        let _ = self.queues[queue].push_back(id);
+    }
+
+    /// Takes a domain out of all queues.
+    pub(crate) fn forget(&mut self, id: DomainId) {
+        for queue in &mut self.queues {
+            for _ in 0..queue.len() {
+                match queue.pop_front() {
+                    Some(other) if other != id => {
+                        let _ = queue.push_back(other);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn best(&self) -> Option<usize> {
+        self.queues.iter().position(|queue| !queue.is_empty())
+    }
+
+    /// Whether some processor may still have the domain's address space loaded; such processors
+    /// that do nothing are to be kicked.
+    pub(crate) fn holds_space(&self, id: DomainId) -> Option<CpuId> {
+        let holder = self.cpus[..self.count].iter().position(|cpu| cpu.loaded == Some(id))?;
+        Some(CpuId(u8::try_from(holder).unwrap_or(0)))
+    }
+
+    fn set_deadline(&mut self, id: DomainId, deadline: u64) {
+        let slot = &mut self.deadlines[usize::from(id.0)];
+        let old = core::mem::replace(slot, deadline);
+        if deadline <= self.next {
+            self.next = deadline;
+        } else if old == self.next {
+            self.next = self.deadlines.iter().copied().min().unwrap_or(NEVER);
+        }
+    }
+}
+
+/// What a processor does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Next {
+    /// Go on with what it runs.
+    Stay,
+    /// Put that away and pick again.
+    Switch,
+}
+
+impl<P: Platform> Core<P> {
+    /// Keeps the scheduler's copy of a domain's next deadline true.
+    pub(crate) fn update_deadline(&mut self, _p: &mut P, id: DomainId) {
+        let deadline = self.me(id).vcpu.deadline();
+        self.sched.set_deadline(id, deadline);
+    }
+
+    /// Ends what a vCPU waits for, and finds it a processor.
+    pub(crate) fn wake(&mut self, p: &mut P, id: DomainId) {
+        let vcpu = &mut self.me_mut(id).vcpu;
+        vcpu.wait = Wait::Nothing;
+        if vcpu.poll_until != NEVER {
+            vcpu.poll_until = NEVER;
+            self.update_deadline(p, id);
+        }
+        self.make_ready(p, id);
+    }
+
+    /// Queues a vCPU that could run but does not, and finds it a processor.
+    pub(crate) fn make_ready(&mut self, p: &mut P, id: DomainId) {
+        let domain = self.me_mut(id);
+        if !domain.is_runnable() || domain.vcpu.queued || domain.vcpu.on_cpu.is_some() {
+            return;
+        }
+        domain.vcpu.queued = true;
+        let queue = domain.queue();
+        self.sched.push(queue, id);
+        self.find_cpu(p, queue);
+    }
+
+    fn find_cpu(&mut self, p: &mut P, queue: usize) {
+        let me = p.cpu();
+        let here = self.sched.cpu(me);
+        if here.running.is_none() && !here.reschedule {
+            // On its way to pick something anyway.
+            here.reschedule = true;
+            return;
+        }
+        let count = self.sched.count;
+        if let Some(idle) = self.sched.cpus[..count].iter().position(|cpu| cpu.idle) {
+            self.sched.cpus[idle].idle = false;
+            p.kick(CpuId(u8::try_from(idle).unwrap_or(0)));
+            return;
+        }
+        let rank = |core: &Self, cpu: &Cpu| {
+            cpu.running.and_then(|id| core.domain(id)).map_or(0, |domain| domain.queue())
+        };
+        let worst = (0..count)
+            .filter(|&index| !self.sched.cpus[index].reschedule)
+            .max_by_key(|&index| rank(self, &self.sched.cpus[index]));
+        let Some(worst) = worst else { return };
+        if rank(self, &self.sched.cpus[worst]) > queue {
+            self.interrupt(p, CpuId(u8::try_from(worst).unwrap_or(0)));
+        }
+    }
+
+    /// Makes a processor look at what it runs.
+    pub(crate) fn interrupt(&mut self, p: &mut P, cpu: CpuId) {
+        let state = self.sched.cpu(cpu);
+        state.reschedule = true;
+        state.idle = false;
+        if cpu != p.cpu() {
+            p.kick(cpu);
+        }
+    }
+
+    /// Charges a processor's vCPU for its time until now.
+    fn account(&mut self, p: &mut P, now: u64) {
+        let cpu = self.sched.cpu(p.cpu());
+        let spent = now.saturating_sub(cpu.since);
+        cpu.since = now;
+        let Some(id) = cpu.running else { return };
+        let vcpu = &mut self.me_mut(id).vcpu;
+        vcpu.cpu_ns += spent;
+        if vcpu.budget == 0 {
+            return;
+        }
+        if now >= vcpu.period_start + vcpu.period {
+            vcpu.period_start = now;
+            vcpu.used = 0;
+        } else {
+            vcpu.used += spent;
+        }
+        if vcpu.used >= vcpu.budget && !vcpu.exhausted {
+            vcpu.exhausted = true;
+            vcpu.overruns += 1;
+            self.update_deadline(p, id);
+            self.sched.cpu(p.cpu()).reschedule = true;
+        }
+    }
+
+    /// Decides whether this processor goes on with what it runs. To be called after each exit has
+    /// been dealt with.
+    pub(crate) fn decide(&mut self, p: &mut P, id: DomainId) -> Next {
+        let cpu = *self.sched.cpu(p.cpu());
+        if !self.me(id).is_runnable() {
+            return Next::Switch;
+        }
+        if !cpu.reschedule {
+            return Next::Stay;
+        }
+        self.sched.cpu(p.cpu()).reschedule = false;
+        let rank = self.me(id).queue();
+        let is_over = p.now_ns() >= cpu.slice_end;
+        match self.sched.best() {
+            Some(best) if best < rank || best == rank && is_over => Next::Switch,
+            _ => {
+                if is_over {
+                    self.start_slice(p, id);
+                }
+                Next::Stay
+            }
+        }
+    }
+
+    /// Notes that time has passed, at a timer's interrupt or a kick.
+    pub(crate) fn tick(&mut self, p: &mut P) {
+        let now = p.now_ns();
+        self.account(p, now);
+        let cpu = self.sched.cpu(p.cpu());
+        cpu.idle = false;
+        if now >= cpu.timer {
+            cpu.timer = NEVER;
+        }
+        if now >= cpu.slice_end {
+            cpu.reschedule = true;
+        }
+        if now >= self.sched.next {
+            self.expire(p, now);
+        }
+    }
+
+    /// Lets everything happen whose time has come.
+    fn expire(&mut self, p: &mut P, now: u64) {
+        for index in 0..MAX_DOMAINS {
+            if now < self.sched.deadlines[index] {
+                continue;
+            }
+            let id = DomainId(u16::try_from(index).unwrap_or(0));
+            self.expire_domain(p, id, now);
+        }
+    }
+
+    fn expire_domain(&mut self, p: &mut P, id: DomainId, now: u64) {
+        let vcpu = &mut self.me_mut(id).vcpu;
+        let timer = vcpu.timer <= now;
+        let poll = vcpu.poll_until <= now;
+        let refill = vcpu.exhausted && vcpu.period_start + vcpu.period <= now;
+        let dog = vcpu.watchdogs.iter().any(|&until| until <= now);
+        if timer {
+            vcpu.timer = NEVER;
+        }
+        if refill {
+            vcpu.exhausted = false;
+            vcpu.used = 0;
+            vcpu.period_start = now;
+        }
+        if dog {
+            vcpu.watchdogs = [NEVER; WATCHDOGS];
+        }
+        self.update_deadline(p, id);
+        if refill && self.me(id).vcpu.queued {
+            self.sched.forget(id);
+            self.me_mut(id).vcpu.queued = false;
+            self.make_ready(p, id);
+        }
+        if timer {
+            self.raise_virq(p, id, event::VIRQ_TIMER);
+        }
+        if poll {
+            self.wake(p, id);
+        }
+        if dog {
+            self.doom(p, id, Cause::new(DEATH_WATCHDOG, SHUTDOWN_WATCHDOG));
+        }
+    }
+
+    /// Ends a domain's life as soon as no processor runs it: now, or at that processor's next
+    /// exit. Answers whether it is over.
+    pub(crate) fn doom(&mut self, p: &mut P, id: DomainId, cause: Cause) -> bool {
+        if self.me(id).stage != Stage::Live {
+            return true;
+        }
+        match (self.me(id).vcpu.on_cpu, &self.me(id).vcpu.state) {
+            (None, Some(state)) => {
+                let registers = *P::registers(state);
+                self.die(p, id, cause, &registers);
+                true
+            }
+            (cpu, _) => {
+                self.me_mut(id).vcpu.doomed.get_or_insert(cause);
+                if let Some(cpu) = cpu {
+                    self.interrupt(p, CpuId(cpu));
+                }
+                false
+            }
+        }
+    }
+
+    /// Takes the best vCPU out of its queue for this processor.
+    pub(crate) fn pick(&mut self, p: &mut P) -> Option<(DomainId, P::Vcpu)> {
+        let me = p.cpu();
+        let now = p.now_ns();
+        let cpu = self.sched.cpu(me);
+        cpu.reschedule = false;
+        cpu.idle = false;
+        cpu.since = now;
+        while let Some(queue) = self.sched.best() {
+            let Some(id) = self.sched.queues[queue].pop_front() else { continue };
+            let domain = self.me_mut(id);
+            domain.vcpu.queued = false;
+            if !domain.is_runnable() {
+                continue;
+            }
+            let Some(state) = domain.vcpu.state.take() else { continue };
+            domain.vcpu.on_cpu = Some(me.0);
+            let cpu = self.sched.cpu(me);
+            cpu.running = Some(id);
+            cpu.loaded = Some(id);
+            self.start_slice(p, id);
+            return Some((id, state));
+        }
+        None
+    }
+
+    fn start_slice(&mut self, p: &mut P, id: DomainId) {
+        let now = p.now_ns();
+        let vcpu = &mut self.me_mut(id).vcpu;
+        if now >= vcpu.period_start + vcpu.period {
+            vcpu.period_start = now;
+            vcpu.used = 0;
+        }
+        let left = match vcpu.budget {
+            budget if budget == 0 || vcpu.exhausted => SLICE_NS,
+            budget => budget.saturating_sub(vcpu.used).min(SLICE_NS),
+        };
+        self.sched.cpu(p.cpu()).slice_end = now + left;
+    }
+
+    /// Takes what this processor ran off it.
+    pub(crate) fn put_away(&mut self, p: &mut P, id: DomainId, state: P::Vcpu) {
+        let now = p.now_ns();
+        self.account(p, now);
+        let cpu = self.sched.cpu(p.cpu());
+        cpu.running = None;
+        cpu.slice_end = NEVER;
+        let domain = self.me_mut(id);
+        domain.vcpu.state = Some(state);
+        domain.vcpu.on_cpu = None;
+        if domain.is_runnable() {
+            domain.vcpu.queued = true;
+            let queue = domain.queue();
+            self.sched.push(queue, id);
+        }
+    }
+
+    /// Notes that this processor is about to wait, in the core's own address space.
+    pub(crate) fn go_idle(&mut self, p: &mut P) {
+        let cpu = self.sched.cpu(p.cpu());
+        cpu.idle = true;
+        cpu.slice_end = NEVER;
+    }
+
+    /// Notes that this processor has left the last domain's address space.
+    pub(crate) fn left_space(&mut self, p: &mut P) {
+        self.sched.cpu(p.cpu()).loaded = None;
+    }
+
+    /// Sets this processor's timer if it would be too late. One that is too early does no harm.
+    pub(crate) fn arm_timer(&mut self, p: &mut P) {
+        let next = self.sched.next;
+        let cpu = self.sched.cpu(p.cpu());
+        let wanted = next.min(cpu.slice_end);
+        if wanted < cpu.timer {
+            cpu.timer = wanted;
+            p.set_timer(Some(wanted));
+        }
+    }
+
+    /// `sched_op`.
+    pub(crate) fn sched_op(&mut self, p: &mut P, id: DomainId, args: [u64; 5]) -> Answer {
+        let gpa = args[1];
+        match args[0] {
+            sched::YIELD => {
+                let cpu = self.sched.cpu(p.cpu());
+                cpu.reschedule = true;
+                cpu.slice_end = 0;
+                Ok(0)
+            }
+            sched::BLOCK => {
+                let domain = self.me_mut(id);
+                if p.load8(domain.shared, VCPU_UPCALL_PENDING) == 0 {
+                    domain.vcpu.wait = Wait::Event;
+                }
+                Ok(0)
+            }
+            sched::POLL => self.poll(p, id, gpa),
+            sched::SHUTDOWN => {
+                let op: Shutdown = self.get(p, id, gpa)?;
+                self.me_mut(id).vcpu.doomed = Some(Cause::new(DEATH_SHUTDOWN, op.reason));
+                Ok(0)
+            }
+            sched::WATCHDOG => self.watchdog(p, id, gpa),
+            _ => Err(Errno::ENOSYS.into()),
+        }
+    }
+
+    fn poll(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
+        let op: Poll = self.get(p, id, gpa)?;
+        if op.nr_ports > POLL_PORTS {
+            return Err(Errno::EINVAL.into());
+        }
+        let shared = self.me(id).shared;
+        let mut only = 0;
+        for index in 0..u64::from(op.nr_ports) {
+            let port: EventPort = self.get(p, id, op.ports.wrapping_add(4 * index))?;
+            if port.0 >= PORT_LIMIT {
+                return Err(Errno::EINVAL.into());
+            }
+            let word = p.load64(shared, EVTCHN_PENDING + (port.0 / 64) as usize * 8);
+            if word & 1 << (port.0 % 64) != 0 {
+                return Ok(0);
+            }
+            only = port.0;
+        }
+        let is_late = op.timeout != 0 && op.timeout <= p.now_ns();
+        if is_late || p.load8(shared, VCPU_UPCALL_PENDING) != 0 {
+            return Ok(0);
+        }
+        let vcpu = &mut self.me_mut(id).vcpu;
+        // Of several ports any event wakes it: a poll may end for no reason.
+        vcpu.wait = Wait::Port(if op.nr_ports == 1 { only } else { 0 });
+        if op.timeout != 0 {
+            vcpu.poll_until = op.timeout;
+            self.update_deadline(p, id);
+        }
+        Ok(0)
+    }
+
+    fn watchdog(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
+        let op: Watchdog = self.get(p, id, gpa)?;
+        let now = p.now_ns();
+        let dogs = &mut self.me_mut(id).vcpu.watchdogs;
+        let index = match op.id {
+            0 if op.timeout == 0 => return Err(Errno::EINVAL.into()),
+            0 => dogs.iter().position(|&until| until == NEVER).ok_or(Errno::ENOSPC)?,
+            known => {
+                let index = known as usize - 1;
+                if index >= WATCHDOGS {
+                    return Err(Errno::EINVAL.into());
+                }
+                index
+            }
+        };
+        dogs[index] = match op.timeout {
+            0 => NEVER,
+            seconds => now + u64::from(seconds.min(WATCHDOG_MAX_S)) * 1_000_000_000,
+        };
+        self.update_deadline(p, id);
+        Ok(index as u64 + 1)
+    }
+
+    /// `set_timer_op`.
+    pub(crate) fn set_timer_op(&mut self, p: &mut P, id: DomainId, at: u64) -> Answer {
+        self.me_mut(id).vcpu.timer = NEVER;
+        if at != 0 && at <= p.now_ns() {
+            self.raise_virq(p, id, event::VIRQ_TIMER);
+        } else if at != 0 {
+            self.me_mut(id).vcpu.timer = at;
+        }
+        self.update_deadline(p, id);
+        Ok(0)
+    }
+
+    /// Stops a domain until it is unpaused.
+    ///
+    /// # Errors
+    /// `EAGAIN` while a processor runs it.
+    pub(crate) fn pause(&mut self, p: &mut P, id: DomainId) -> Answer {
+        self.me_mut(id).paused = true;
+        if let Some(cpu) = self.me(id).vcpu.on_cpu {
+            self.interrupt(p, CpuId(cpu));
+            return Err(Fault::Refused(Errno::EAGAIN));
+        }
+        self.sched.forget(id);
+        self.me_mut(id).vcpu.queued = false;
+        Ok(0)
+    }
+}
