@@ -2,12 +2,66 @@
 //!
 //! A [`Page`] is 4 KiB that somebody else may read and write at any moment. There is no way to
 //! get a Rust reference into it: bytes are copied in and out, and counters are loaded and stored
-//! as atomics. Rings, in-flight tables and byte streams are built on it in safe code.
+//! as atomics. On it stand, in safe code:
+//!
+//! * [`ring`]: both ends of a split driver's ring of requests and responses;
+//! * [`inflight`]: the table in preserved memory that lets a backend's next incarnation go on
+//!   where the last one died;
+//! * [`bytes`]: the two-way byte streams of xenstore and of the paravirtual console.
+//!
+//! Nothing here sends an event or waits for one: functions say when the peer must be told.
 
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, loom)), no_std)]
 
 extern crate alloc;
 
+pub mod bytes;
+pub mod inflight;
+#[cfg(not(loom))]
 mod page;
+#[cfg(loom)]
+#[path = "page_loom.rs"]
+mod page;
+pub mod ring;
 
 pub use page::Page;
+
+/// The atomics that everything here is made of; loom's when loom checks it.
+pub(crate) mod sync {
+    #[cfg(not(loom))]
+    pub use core::sync::atomic::{Ordering, fence};
+    #[cfg(loom)]
+    pub use loom::sync::atomic::{Ordering, fence};
+}
+
+/// The peer wrote a value that no correct peer writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PeerError {
+    /// A counter that claims more than fits, or that went back.
+    BadCounter {
+        /// The counter as it was read.
+        claimed: u32,
+        /// The highest value that it could have had.
+        limit: u32,
+    },
+}
+
+impl core::fmt::Display for PeerError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::BadCounter { claimed, limit } => {
+                write!(f, "ring counter is {claimed:#x}, but can be {limit:#x} at most")
+            }
+        }
+    }
+}
+
+impl core::error::Error for PeerError {}
+
+/// Checks a peer's free-running counter: it must lie in `[from, limit]`, modulo 2^32.
+fn check_counter(claimed: u32, from: u32, limit: u32) -> Result<(), PeerError> {
+    if claimed.wrapping_sub(from) > limit.wrapping_sub(from) {
+        return Err(PeerError::BadCounter { claimed, limit });
+    }
+    Ok(())
+}

@@ -17,7 +17,17 @@ pub struct Page(Arc<Memory>);
 
 struct Memory {
     base: NonNull<u8>,
-    ours: bool,
+    keeper: Keeper,
+}
+
+/// Who sees to it that the memory stays.
+enum Keeper {
+    /// We allocated it, and free it.
+    Allocated,
+    /// Another group of handles, kept alive by this one.
+    Alias(#[expect(dead_code, reason = "held, never looked at")] Page),
+    /// Whoever called [`Page::from_raw`].
+    Caller,
 }
 
 // SAFETY: all access to the memory goes through atomics, and the allocation is freed once.
@@ -37,7 +47,7 @@ impl Page {
         // SAFETY: the layout's size is not zero.
         let base = unsafe { alloc_zeroed(LAYOUT) };
         let base = NonNull::new(base).unwrap_or_else(|| handle_alloc_error(LAYOUT));
-        Self(Arc::new(Memory { base, ours: true }))
+        Self(Arc::new(Memory { base, keeper: Keeper::Allocated }))
     }
 
     /// A page that something else keeps mapped.
@@ -48,7 +58,13 @@ impl Page {
     /// 2. No Rust reference into these bytes exists in that time.
     #[must_use]
     pub unsafe fn from_raw(base: NonNull<u8>) -> Self {
-        Self(Arc::new(Memory { base, ours: false }))
+        Self(Arc::new(Memory { base, keeper: Keeper::Caller }))
+    }
+
+    /// Another name for the same memory, whose handles are counted by themselves.
+    #[must_use]
+    pub fn alias(&self) -> Self {
+        Self(Arc::new(Memory { base: self.0.base, keeper: Keeper::Alias(self.clone()) }))
     }
 
     /// The page's frame number in a unikernel domain, where addresses are guest-physical. On a
@@ -71,12 +87,14 @@ impl Page {
     }
 
     fn at<T>(&self, offset: usize) -> *mut T {
-        assert!(offset % size_of::<T>() == 0 && offset <= PAGE_SIZE - size_of::<T>());
+        assert!(offset.is_multiple_of(size_of::<T>()) && offset <= PAGE_SIZE - size_of::<T>());
         // SAFETY: the offset lies inside the page.
         unsafe { self.0.base.as_ptr().add(offset) }.cast()
     }
 
-    fn byte(&self, offset: usize) -> &AtomicU8 {
+    /// The 8-bit atomic at `offset`.
+    #[must_use]
+    pub fn u8(&self, offset: usize) -> &AtomicU8 {
         // SAFETY: in bounds and aligned by `at`; atomics may be shared.
         unsafe { AtomicU8::from_ptr(self.at(offset)) }
     }
@@ -103,44 +121,46 @@ impl Page {
     }
 
     /// Copies `buffer.len()` bytes from `offset` on out of the page.
+    ///
+    /// Copies whole words where it can. A peer that writes meanwhile can tear the copy, which is
+    /// why only the copy is ever looked at.
+    #[inline]
     pub fn read(&self, offset: usize, buffer: &mut [u8]) {
         assert!(buffer.len() <= PAGE_SIZE && offset <= PAGE_SIZE - buffer.len());
-        // Whole words where both sides allow it; a peer that writes meanwhile can tear the
-        // copy, which is why only the copy is ever looked at.
-        let mut at = offset;
-        let mut rest = buffer;
+        let (mut at, mut rest) = (offset, buffer);
         while !rest.is_empty() {
-            if at % 8 == 0 && rest.len() >= 8 {
-                let word = self.u64(at).load(Ordering::Relaxed).to_ne_bytes();
-                let (head, tail) = rest.split_at_mut(8);
-                head.copy_from_slice(&word);
-                rest = tail;
-                at += 8;
-            } else {
-                rest[0] = self.byte(at).load(Ordering::Relaxed);
-                rest = &mut rest[1..];
-                at += 1;
+            let step = step(at, rest.len());
+            let (part, tail) = core::mem::take(&mut rest).split_at_mut(step);
+            match step {
+                8 => part.copy_from_slice(&self.u64(at).load(Ordering::Relaxed).to_ne_bytes()),
+                4 => part.copy_from_slice(&self.u32(at).load(Ordering::Relaxed).to_ne_bytes()),
+                _ => part[0] = self.u8(at).load(Ordering::Relaxed),
             }
+            at += step;
+            rest = tail;
         }
     }
 
-    /// Copies `bytes` into the page from `offset` on.
+    /// Copies `bytes` into the page from `offset` on, whole words where it can.
+    #[inline]
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(bytes.len() <= PAGE_SIZE && offset <= PAGE_SIZE - bytes.len());
-        let mut at = offset;
-        let mut rest = bytes;
+        let (mut at, mut rest) = (offset, bytes);
         while !rest.is_empty() {
-            if at % 8 == 0 && rest.len() >= 8 {
-                let (head, tail) = rest.split_at(8);
-                let word = u64::from_ne_bytes(head.try_into().expect("eight bytes"));
-                self.u64(at).store(word, Ordering::Relaxed);
-                rest = tail;
-                at += 8;
-            } else {
-                self.byte(at).store(rest[0], Ordering::Relaxed);
-                rest = &rest[1..];
-                at += 1;
+            let step = step(at, rest.len());
+            let (part, tail) = rest.split_at(step);
+            match *part {
+                [a, b, c, d, e, f, g, h] => {
+                    let word = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+                    self.u64(at).store(word, Ordering::Relaxed);
+                }
+                [a, b, c, d] => {
+                    self.u32(at).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Relaxed);
+                }
+                _ => self.u8(at).store(part[0], Ordering::Relaxed),
             }
+            at += step;
+            rest = tail;
         }
     }
 
@@ -152,9 +172,19 @@ impl Page {
     }
 }
 
+/// How many of the next `len` bytes at `offset` one access can copy.
+#[inline]
+fn step(offset: usize, len: usize) -> usize {
+    match (offset % 8, len) {
+        (0, 8..) => 8,
+        (0 | 4, 4..) => 4,
+        _ => 1,
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.ours {
+        if matches!(self.keeper, Keeper::Allocated) {
             // SAFETY: allocated in `new_zeroed` with this layout, and this is the last handle.
             unsafe { dealloc(self.base.as_ptr(), LAYOUT) };
         }
