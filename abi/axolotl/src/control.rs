@@ -405,3 +405,29 @@ pub struct SetGrant {
 }
 const _: () = assert!(size_of::<SetGrant>() == 16);
 
+
+/// The name of a processor exception. Source: AMD64 manual, volume 2, 8.2.
+#[must_use]
+pub const fn vector_name(vector: u32) -> &'static str {
+    match vector {
+        0 => "divide error",
+        1 => "debug exception",
+        2 => "non-maskable interrupt",
+        3 => "breakpoint",
+        4 => "overflow",
+        5 => "bound range exceeded",
+        6 => "invalid opcode",
+        7 => "device not available",
+        8 => "double fault",
+        10 => "invalid TSS",
+        11 => "segment not present",
+        12 => "stack fault",
+        13 => "general protection fault",
+        14 => "page fault",
+        16 => "x87 floating-point exception",
+        17 => "alignment check",
+        18 => "machine check",
+        19 => "SIMD floating-point exception",
+        _ => "unknown exception",
+    }
+}

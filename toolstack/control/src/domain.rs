@@ -1,0 +1,227 @@
+//! One domain: how it is built, and built again.
+
+use crate::console::Console;
+use crate::hypervisor::{Hypervisor, until_done};
+use crate::plan::{Plan, config_bytes};
+use crate::supervision::History;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+use axolotl_abi::control::{CLASS_DRIVER, CLASS_GUEST, Create, KIND_UNIKERNEL, Populate, SetStart};
+use axolotl_abi::start::{
+    MMIO_GPA, STACK_TOP_GPA, START_INFO_GPA, START_MAGIC, StartInfo, XENSTORE_RING_GPA,
+};
+use axolotl_abi::system::{Dma, Domain, Role};
+use core::mem::size_of;
+use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
+use xenbus::device::Device;
+use zerocopy::IntoBytes;
+
+/// The store domain's id, fixed.
+pub(crate) const STORE: DomainId = DomainId(1);
+/// The reserved grant of the xenstore ring.
+const XENSTORE_GRANT: GrantRef = GrantRef(1);
+
+/// What the supervisor does with a domain.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Phase {
+    /// Waits for its nodes in the store, then starts.
+    Starting,
+    /// Runs, or is paused.
+    Live,
+    /// Died; starts again at this time.
+    Delayed(u64),
+    /// Not started before somebody asks, for this reason.
+    Held(String),
+    /// Died, and stays for inspection.
+    Ended,
+    /// Its nodes are being removed from the store.
+    Removing,
+    /// The core frees what it has.
+    Destroying,
+    /// Destroyed.
+    Gone,
+}
+
+/// What went wrong while a domain was built.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct BuildError {
+    pub(crate) what: String,
+    pub(crate) errno: Errno,
+}
+
+/// Names the step that failed.
+fn at(step: &'static str) -> impl FnOnce(Errno) -> BuildError {
+    move |errno| BuildError { what: format!("{step}: {errno}"), errno }
+}
+
+/// A domain under supervision.
+#[derive(Debug)]
+pub(crate) struct Managed<'b> {
+    pub(crate) domain: Domain,
+    pub(crate) domid: DomainId,
+    pub(crate) phase: Phase,
+    pub(crate) vifs: Vec<Device>,
+    pub(crate) history: History,
+    pub(crate) restarts: u32,
+    pub(crate) console: Console,
+    pub(crate) tail_at_death: Vec<u8>,
+    /// Steps towards the next start that are done.
+    pub(crate) is_built: bool,
+    pub(crate) has_nodes: bool,
+    image: &'b [u8],
+    plan: Option<Plan>,
+}
+
+impl<'b> Managed<'b> {
+    pub(crate) fn new(domain: Domain, domid: DomainId, image: &'b [u8], vifs: Vec<Device>) -> Self {
+        Self {
+            domain,
+            domid,
+            phase: Phase::Starting,
+            vifs,
+            history: History::default(),
+            restarts: 0,
+            console: Console::default(),
+            tail_at_death: Vec::new(),
+            is_built: false,
+            has_nodes: false,
+            image,
+            plan: None,
+        }
+    }
+
+    pub(crate) fn is_store(&self) -> bool {
+        self.domain.role == Role::Store
+    }
+
+    /// Creates the domain and fills it, so that it can be started. Returns its xenstore port.
+    pub(crate) fn build<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        store_port: EventPort,
+    ) -> Result<Option<EventPort>, BuildError> {
+        let config = config_bytes(&self.domain).max(4);
+        let (memory, preserved) = (self.domain.memory_pages, self.domain.preserved_pages);
+        let plan = Plan::new(self.image, memory, preserved, config)
+            .map_err(|error| BuildError { what: format!("{error}"), errno: Errno::EINVAL })?;
+        self.create(hv)?;
+        for region in &plan.regions {
+            let mut populate = Populate {
+                domid: self.domid,
+                pad: 0,
+                access: region.access,
+                flags: region.flags,
+                count: region.pages,
+                gfn: region.gfn,
+                done: 0,
+            };
+            until_done(|| hv.populate(&mut populate)).map_err(at("memory"))?;
+        }
+        let mut gpa = MMIO_GPA;
+        for device in &self.domain.devices {
+            let trusted = device.dma == Dma::Trusted;
+            gpa =
+                hv.assign_device(self.domid, device.bdf, trusted, gpa).map_err(at("its device"))?;
+        }
+        self.plan = Some(plan);
+        self.fill(hv, store_port)
+    }
+
+    fn create<H: Hypervisor>(&self, hv: &mut H) -> Result<(), BuildError> {
+        let class = if self.domain.role == Role::Guest { CLASS_GUEST } else { CLASS_DRIVER };
+        let create = Create {
+            name: padded(&self.domain.name),
+            domid: self.domid,
+            kind: KIND_UNIKERNEL,
+            class,
+            rights: 0,
+            max_pages: self.domain.memory_pages,
+            budget_us: self.domain.budget_us,
+            period_us: self.domain.period_us,
+            reserved: 0,
+        };
+        hv.create(&create).map(drop).map_err(at("creating it"))
+    }
+
+    /// Restarts it in the core and fills it again, so that it can be started. Its memory stays.
+    pub(crate) fn rebuild<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        store_port: EventPort,
+    ) -> Result<Option<EventPort>, BuildError> {
+        until_done(|| hv.restart(self.domid)).map_err(at("restart"))?;
+        self.fill(hv, store_port)
+    }
+
+    /// Image, start info, store connection and registers.
+    fn fill<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        store_port: EventPort,
+    ) -> Result<Option<EventPort>, BuildError> {
+        let Some(plan) = &self.plan else { return Err(at("its plan")(Errno::EINVAL)) };
+        for step in &plan.loads {
+            let bytes = self.image.get(step.bytes.clone()).unwrap_or(&[]);
+            hv.load(self.domid, step.gpa, bytes).map_err(at("its image"))?;
+        }
+        let port = if self.is_store() {
+            None
+        } else {
+            let port = hv.alloc_unbound(self.domid, STORE).map_err(at("its store port"))?;
+            let ring = Gfn::containing(XENSTORE_RING_GPA).0;
+            hv.set_grant(self.domid, STORE, XENSTORE_GRANT, ring).map_err(at("its ring"))?;
+            Some(port)
+        };
+        let incarnation = hv.info(self.domid).map_err(at("its state"))?.incarnation;
+        let start = self.start_info(plan, incarnation, port, store_port);
+        hv.load(self.domid, START_INFO_GPA, &start).map_err(at("its start info"))?;
+        let start = SetStart {
+            domid: self.domid,
+            pad: [0; 3],
+            entry: plan.entry,
+            stack: STACK_TOP_GPA - 8,
+            argument: START_INFO_GPA,
+        };
+        hv.set_start(&start).map_err(at("its registers"))?;
+        self.is_built = true;
+        Ok(port)
+    }
+
+    fn start_info(
+        &self,
+        plan: &Plan,
+        incarnation: u32,
+        port: Option<EventPort>,
+        store_port: EventPort,
+    ) -> Vec<u8> {
+        let store_config = store_port.0.to_le_bytes();
+        let config: &[u8] =
+            if self.is_store() { &store_config } else { self.domain.extra.as_bytes() };
+        let info = StartInfo {
+            magic: START_MAGIC,
+            domid: self.domid,
+            store_domid: STORE,
+            incarnation,
+            heap_bytes: u64::from(plan.heap_pages) * 4096,
+            preserved_pages: self.domain.preserved_pages,
+            xenstore_port: port.unwrap_or(EventPort(0)),
+            config_bytes: u32::try_from(config.len()).unwrap_or(0),
+            devices: u32::try_from(self.domain.devices.len()).unwrap_or(0),
+            bundle_bytes: 0,
+            name: padded(&self.domain.name),
+        };
+        let mut bytes = Vec::with_capacity(size_of::<StartInfo>() + config.len());
+        bytes.extend_from_slice(info.as_bytes());
+        bytes.extend_from_slice(config);
+        bytes
+    }
+}
+
+/// A name as the core wants it: the last byte stays NUL.
+fn padded(name: &str) -> [u8; 32] {
+    let mut padded = [0; 32];
+    let len = name.len().min(31);
+    padded[..len].copy_from_slice(&name.as_bytes()[..len]);
+    padded
+}

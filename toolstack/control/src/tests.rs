@@ -1,0 +1,521 @@
+//! The control domain on the fake core and the real store.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use crate::bundle::{Bundle, BundleError};
+use crate::fake::{FakeCore, bundle, default_bundle, image, system};
+use crate::{Control, Setup, StartError, Wake};
+use axolotl_abi::control::{STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED};
+use axolotl_abi::protocol::{
+    self, DomainState, Failure, FromControl, Request, Response, ToControl,
+};
+use axolotl_abi::start::{PRESERVED_GPA, START_INFO_GPA, StartInfo};
+use axolotl_abi::system::{OnEnd, System};
+use proptest::prelude::*;
+use xen_abi::{DomainId, Errno, EventPort};
+use xenbus::{Nodes, Transport};
+use xenstore::LocalStore;
+use zerocopy::FromBytes;
+
+const MS: u64 = 1_000_000;
+
+/// A transport that hangs while the flag is set.
+struct Line {
+    inner: xenbus::Client<xenstore::LocalTransport>,
+    hangs: std::rc::Rc<std::cell::Cell<bool>>,
+}
+
+impl Transport for Line {
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        if self.hangs.get() { 0 } else { self.inner.transport().send(bytes) }
+    }
+    fn receive(&mut self, buffer: &mut [u8]) -> usize {
+        if self.hangs.get() { 0 } else { self.inner.transport().receive(buffer) }
+    }
+    fn wait(&mut self) -> Result<(), Errno> {
+        Err(Errno::EIO)
+    }
+}
+
+type Fixture = Control<'static, FakeCore, Line>;
+
+struct Rig {
+    control: Fixture,
+    store: LocalStore,
+    hangs: std::rc::Rc<std::cell::Cell<bool>>,
+    last_id: u32,
+}
+
+fn rig_of(bytes: Vec<u8>, core: FakeCore) -> Result<Rig, StartError> {
+    let store = LocalStore::new();
+    let hangs = std::rc::Rc::new(std::cell::Cell::new(false));
+    let line = Line { inner: store.client(DomainId(0)), hangs: hangs.clone() };
+    let setup = Setup {
+        bundle: Box::leak(bytes.into_boxed_slice()),
+        hypervisor: core,
+        store: line,
+        store_port: EventPort(77),
+    };
+    Ok(Rig { control: Control::start(setup)?, store, hangs, last_id: 0 })
+}
+
+fn rig() -> Rig {
+    let mut rig = rig_of(default_bundle(), FakeCore::new()).unwrap();
+    rig.settle();
+    rig
+}
+
+impl Rig {
+    fn settle(&mut self) {
+        for _ in 0..8 {
+            self.control.work(Wake::ALL);
+        }
+    }
+
+    fn core(&mut self) -> &mut FakeCore {
+        self.control.hypervisor()
+    }
+
+    fn output(&mut self) -> String {
+        String::from_utf8(std::mem::take(&mut self.core().output)).unwrap()
+    }
+
+    fn ask(&mut self, request: Request) -> Response {
+        self.last_id += 1;
+        let frame = protocol::encode(&ToControl { id: self.last_id, request }).unwrap();
+        for byte in frame {
+            self.control.serial_input(byte);
+        }
+        self.settle();
+        let bytes: Vec<u8> = self.control.serial_output().drain(..).collect();
+        let mut framer = protocol::Framer::new();
+        let mut answers = bytes.iter().filter_map(|byte| framer.push::<FromControl>(*byte));
+        let answer = answers.next().expect("an answer").unwrap();
+        assert_eq!(answer.id, self.last_id);
+        answer.response
+    }
+
+    fn node(&mut self, path: &str) -> Response {
+        self.ask(Request::XenstoreLs(path.into()))
+    }
+
+    fn value(&mut self, path: &str) -> Option<String> {
+        match self.node(path) {
+            Response::Node { value, .. } => Some(String::from_utf8(value).unwrap()),
+            _ => None,
+        }
+    }
+
+    fn list(&mut self) -> Vec<(String, DomainState, u32)> {
+        let Response::List(lines) = self.ask(Request::List) else { panic!("a list") };
+        lines.into_iter().map(|line| (line.name, line.state, line.incarnation)).collect()
+    }
+}
+
+#[test]
+fn a_system_is_built_and_runs() {
+    let mut rig = rig();
+    let states: Vec<_> = rig.core().domains.values().map(|d| (d.name.clone(), d.state)).collect();
+    assert!(states[1..].iter().all(|(_, state)| *state == STATE_BLOCKED), "{states:?}");
+    let names: Vec<_> = states.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["control", "store", "net0", "demo"]);
+    assert_eq!(rig.core().named("net0").devices, [0x10]);
+    assert!(rig.output().contains("control| system 'fake' running: 4 domains in 1 ms\n"));
+    assert_eq!(rig.value("/local/domain/3/name").as_deref(), Some("demo"));
+}
+
+#[test]
+fn start_info_is_what_a_runtime_expects() {
+    let mut rig = rig();
+    let pages = |rig: &mut Rig, name: &str| rig.core().named(name).loaded[&START_INFO_GPA].clone();
+    let store = pages(&mut rig, "store");
+    let (info, config) = StartInfo::read_from_prefix(&store).unwrap();
+    assert_eq!((info.domid, info.xenstore_port, info.config_bytes), (DomainId(1), EventPort(0), 4));
+    assert_eq!(config, 77_u32.to_le_bytes());
+    let demo = pages(&mut rig, "demo");
+    let (info, config) = StartInfo::read_from_prefix(&demo).unwrap();
+    assert_eq!((info.domid, info.incarnation, info.xenstore_port.0), (DomainId(3), 1, 1));
+    assert_eq!((config, &info.name[..5]), (&b"ip=dhcp"[..], &b"demo\0"[..]));
+    let net0 = rig.core().named("net0");
+    assert!(net0.pages.contains(&(PRESERVED_GPA / 4096 + 15)));
+    assert!(!net0.pages.contains(&(PRESERVED_GPA / 4096 + 16)));
+}
+
+/// xen-abi.md, appendix C: the keys of a vif, and who may write them.
+#[test]
+fn a_vif_has_both_its_directories() {
+    let mut rig = rig();
+    let front = "/local/domain/3/device/vif/0";
+    let back = "/local/domain/2/backend/vif/3/0";
+    for (path, value) in [
+        (format!("{front}/backend"), back),
+        (format!("{front}/backend-id"), "2"),
+        (format!("{front}/state"), "1"),
+        (format!("{front}/handle"), "0"),
+        (format!("{front}/mac"), "00:16:3e:00:00:01"),
+        (format!("{back}/frontend"), front),
+        (format!("{back}/frontend-id"), "3"),
+        (format!("{back}/online"), "1"),
+        (format!("{back}/state"), "1"),
+        (format!("{back}/mac"), "00:16:3e:00:00:01"),
+    ] {
+        assert_eq!(rig.value(&path).as_deref(), Some(value), "{path}");
+    }
+    let perms = |rig: &mut Rig, path: &str| match rig.node(path) {
+        Response::Node { perms, .. } => perms,
+        other => panic!("{path}: {other:?}"),
+    };
+    assert_eq!(perms(&mut rig, &format!("{front}/state")), ["n3", "r2"]);
+    assert_eq!(perms(&mut rig, &format!("{back}/state")), ["n2", "r3"]);
+    assert_eq!(perms(&mut rig, "/local/domain/2/backend/vif")[0], "n2");
+    assert_eq!(perms(&mut rig, "/local/domain/3"), ["n0", "r3"]);
+    // The driver can really work with it.
+    let mut driver = rig.store.client(DomainId(2));
+    assert_eq!(driver.directory("backend/vif/3").unwrap(), ["0"]);
+    driver.write("backend/vif/3/0/state", b"2").unwrap();
+    driver.write("backend/vif/3/0/feature-rx-copy", b"1").unwrap();
+    assert_eq!(driver.read_string(&format!("{front}/state")).unwrap(), "1");
+    let mut guest = rig.store.client(DomainId(3));
+    guest.write("device/vif/0/tx-ring-ref", b"8").unwrap();
+    assert_eq!(guest.read_string(&format!("{back}/state")).unwrap(), "2");
+}
+
+/// architecture.md §6: no xenbus state changes, and memory stays.
+#[test]
+fn a_driver_restarts_in_place_and_the_tree_does_not_change() {
+    let mut rig = rig();
+    rig.core().named("net0").console = b"link is up\nlast words".to_vec();
+    let before = rig.store.generation();
+    let pages = rig.core().named("net0").pages.clone();
+    rig.core().log.clear();
+    rig.core().kill("net0", None, 600 * MS);
+    rig.control.work(Wake { domains: true, consoles: false });
+    let net0 = rig.core().named("net0").clone();
+    assert_eq!((net0.state, net0.incarnation), (STATE_BLOCKED, 2));
+    assert_eq!(net0.pages, pages);
+    assert_eq!(rig.store.generation(), before, "a node changed");
+    let log = rig.core().log.join(", ");
+    // 150,000 bytes of code in three loads, the data, the start info.
+    let wanted = "restart d2, load d2, load d2, load d2, load d2, alloc_unbound d2, set_grant d2, \
+                  load d2, set_start d2, unpause d2";
+    assert_eq!(log, wanted);
+    let (info, _) = StartInfo::read_from_prefix(&net0.loaded[&START_INFO_GPA]).unwrap();
+    assert_eq!((info.incarnation, info.xenstore_port), (2, EventPort(2)));
+    assert!(rig.output().contains("control| net0 died, incarnation 1: page fault at 0xdeadb000"));
+    let Response::Why(why) = rig.ask(Request::Why("net0".into())) else { panic!() };
+    assert_eq!((why.incarnation, why.vector, why.address), (1, 14, 0xdead_b000));
+    assert_eq!(why.console_tail, b"link is up\nlast words");
+    assert_eq!(why.backtrace, [0x20_1234, 0x20_5678]);
+}
+
+/// A store that hangs must not keep drivers from growing back.
+#[test]
+fn a_driver_restarts_while_the_store_hangs() {
+    let mut rig = rig();
+    rig.hangs.set(true);
+    for life in 2..40 {
+        rig.core().now_ns += 60_000 * MS;
+        rig.core().kill("net0", None, 600 * MS);
+        rig.settle();
+        assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+        assert_eq!(rig.core().named("net0").incarnation, life);
+    }
+    rig.hangs.set(false);
+    rig.settle();
+    assert_eq!(rig.value("/local/domain/2/name").as_deref(), Some("net0"));
+}
+
+#[test]
+fn a_guest_restarts_with_fresh_frontends() {
+    let mut rig = rig();
+    let front = "/local/domain/3/device/vif/0";
+    {
+        let mut driver = rig.store.client(DomainId(2));
+        driver.write("backend/vif/3/0/state", b"4").unwrap();
+        let mut guest = rig.store.client(DomainId(3));
+        guest.write("device/vif/0/tx-ring-ref", b"8").unwrap();
+        guest.write("device/vif/0/state", b"4").unwrap();
+    }
+    rig.hangs.set(true);
+    rig.core().kill("demo", None, 600 * MS);
+    rig.settle();
+    assert_eq!(
+        rig.core().named("demo").state,
+        STATE_BUILDING,
+        "it starts before its nodes are reset"
+    );
+    rig.hangs.set(false);
+    rig.settle();
+    assert_eq!(rig.core().named("demo").state, STATE_BLOCKED);
+    assert_eq!(rig.core().named("demo").incarnation, 2);
+    assert_eq!(rig.value(&format!("{front}/state")).as_deref(), Some("1"));
+    assert_eq!(rig.value(&format!("{front}/tx-ring-ref")), None);
+    // The backend's own state is the backend's.
+    assert_eq!(rig.value("/local/domain/2/backend/vif/3/0/state").as_deref(), Some("4"));
+}
+
+#[test]
+fn a_crash_loop_ends_in_a_hold_and_a_hand_ends_the_hold() {
+    let mut rig = rig();
+    for _ in 0..3 {
+        rig.core().kill("net0", None, 10 * MS);
+        rig.settle();
+        assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+    }
+    rig.core().kill("net0", None, 10 * MS);
+    rig.settle();
+    assert_eq!(rig.core().named("net0").state, STATE_DEAD);
+    assert!(rig.output().contains("it died 4 times in a row within 500 ms of its start"));
+    assert_eq!(rig.list()[2].1, DomainState::Held);
+    assert!(matches!(
+        rig.ask(Request::Crash("net0".into())),
+        Response::Failed(Failure::BadState { .. })
+    ));
+    assert_eq!(rig.ask(Request::Restart("net0".into())), Response::Done);
+    assert_eq!(rig.list()[2], ("net0".into(), DomainState::Blocked, 5));
+}
+
+#[test]
+fn a_long_life_forgives_quick_deaths_and_commanded_ones_do_not_count() {
+    let mut rig = rig();
+    for _ in 0..2 {
+        rig.core().kill("net0", None, 10 * MS);
+        rig.settle();
+    }
+    rig.core().kill("net0", None, 600 * MS);
+    rig.settle();
+    for _ in 0..200 {
+        assert_eq!(rig.ask(Request::Crash("net0".into())), Response::Done);
+        assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+    }
+    assert_eq!(rig.list()[2].2, 204);
+}
+
+#[test]
+fn restarts_above_the_rate_wait() {
+    let mut rig = rig();
+    for _ in 0..10 {
+        rig.core().kill("net0", None, 600 * MS);
+        rig.settle();
+        assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+    }
+    let first = MS + 600 * MS;
+    rig.core().kill("net0", None, 600 * MS);
+    rig.settle();
+    assert_eq!(rig.list()[2].1, DomainState::Restarting);
+    assert_eq!(rig.control.deadline(), Some(first + 60_000 * MS));
+    rig.core().now_ns = first + 60_000 * MS - 1;
+    rig.settle();
+    assert_eq!(rig.core().named("net0").state, STATE_DEAD);
+    rig.core().now_ns += 1;
+    rig.control.work(Wake::default());
+    assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+}
+
+#[test]
+fn policies_decide_by_the_way_it_ended() {
+    let mut system = system();
+    system.domains[1].on_crash = OnEnd::Preserve;
+    let images = [image(1), image(1), image(1), image(1)];
+    let mut rig = rig_of(bundle(&system, &images), FakeCore::new()).unwrap();
+    rig.settle();
+    rig.core().kill("net0", Some(1), MS);
+    rig.settle();
+    assert_eq!(rig.core().named("net0").incarnation, 2, "on_reboot = restart");
+    rig.core().kill("net0", Some(3), MS);
+    rig.settle();
+    assert_eq!(rig.list()[2].1, DomainState::Dead, "a panic is a crash");
+    rig.core().kill("demo", Some(0), MS);
+    rig.settle();
+    assert!(!rig.core().domains.contains_key(&3), "on_poweroff = destroy");
+    assert_eq!(rig.value("/local/domain/3/name"), None);
+    assert_eq!(rig.value("/local/domain/2/backend/vif/3/0"), None);
+    assert_eq!(rig.ask(Request::Restart("demo".into())), Response::Done);
+    rig.settle();
+    assert_eq!(rig.core().named("demo").state, STATE_BLOCKED, "built anew");
+}
+
+#[test]
+fn a_domain_that_cannot_be_built_costs_only_itself() {
+    let mut core = FakeCore::new();
+    core.fail = Some(("assign_device", Errno::ENODEV));
+    let mut rig = rig_of(default_bundle(), core).unwrap();
+    rig.settle();
+    assert_eq!(rig.list()[2].1, DomainState::Held);
+    assert!(rig.output().contains("net0 cannot be built: its device: ENODEV"));
+    assert_eq!(rig.core().named("demo").state, STATE_BLOCKED);
+    assert_eq!(rig.ask(Request::Restart("net0".into())), Response::Done);
+    assert_eq!(rig.list()[2].1, DomainState::Blocked);
+}
+
+#[test]
+fn operations_that_take_several_calls_are_finished() {
+    let mut core = FakeCore::new();
+    core.again = 5;
+    let mut rig = rig_of(default_bundle(), core).unwrap();
+    rig.settle();
+    rig.core().kill("net0", None, 600 * MS);
+    rig.settle();
+    assert_eq!(rig.core().named("net0").incarnation, 2);
+    assert_eq!(rig.ask(Request::Destroy("demo".into())), Response::Done);
+    for _ in 0..10 {
+        rig.core().now_ns += 10 * MS;
+        rig.settle();
+    }
+    assert!(!rig.core().domains.contains_key(&3));
+}
+
+#[test]
+fn requests_are_answered_or_refused_with_the_reason() {
+    let mut rig = rig();
+    assert_eq!(
+        rig.ask(Request::Hello { version: 99 }),
+        Response::Hello { version: protocol::VERSION, system: "fake".into() }
+    );
+    let unknown = Response::Failed(Failure::UnknownName {
+        name: "net1".into(),
+        nearest: Some("net0".into()),
+    });
+    for request in
+        [Request::Crash, Request::Restart, Request::Why, Request::Pause, Request::Destroy]
+    {
+        assert_eq!(rig.ask(request("net1".into())), unknown);
+        let refused = rig.ask(request("control".into()));
+        assert!(matches!(refused, Response::Failed(Failure::BadState { .. })), "{refused:?}");
+    }
+    assert_eq!(rig.ask(Request::Pause("demo".into())), Response::Done);
+    assert_eq!(rig.core().named("demo").state, STATE_PAUSED);
+    assert_eq!(rig.list()[3].1, DomainState::Paused);
+    assert_eq!(rig.ask(Request::Unpause("demo".into())), Response::Done);
+    let twice = rig.ask(Request::Unpause("demo".into()));
+    assert!(matches!(twice, Response::Failed(Failure::BadState { .. })));
+    let Response::Info(info) = rig.ask(Request::Info) else { panic!() };
+    assert_eq!((info.cpus, info.dma_trusted), (2, vec![(0x10, "net0".to_string())]));
+    assert_eq!(
+        rig.ask(Request::Dmesg { position: 8 }),
+        Response::Console { start: 8, bytes: b"running\n".to_vec() }
+    );
+    let Response::Console { bytes, .. } =
+        rig.ask(Request::ConsoleRead { name: "control".into(), position: 0 })
+    else {
+        panic!()
+    };
+    assert!(bytes.ends_with(b"4 domains in 1 ms\n"));
+    let invalid = Response::Failed(Failure::Store { name: "EINVAL".into() });
+    assert_eq!(rig.node("relative"), invalid);
+    assert_eq!(rig.node("/local/domain/\0x"), invalid);
+    assert_eq!(rig.node("/nothing"), Response::Failed(Failure::Store { name: "ENOENT".into() }));
+    assert_eq!(rig.ask(Request::Crash("x".repeat(4000))), Response::Failed(Failure::TooLong));
+}
+
+#[test]
+fn consoles_become_lines_with_names() {
+    let mut rig = rig();
+    rig.output();
+    rig.core().named("net0").console = b"one\r\ntwo \x1b[31mred\npart".to_vec();
+    rig.core().named("demo").console = b"hello\n".to_vec();
+    rig.control.work(Wake { domains: false, consoles: true });
+    assert_eq!(rig.output(), "net0| one\nnet0| two ?[31mred\ndemo| hello\n");
+    assert_eq!(rig.control.deadline(), Some(MS + 200 * MS));
+    rig.core().now_ns += 200 * MS;
+    rig.control.work(Wake::default());
+    assert_eq!(rig.output(), "net0| part\n");
+    assert_eq!(rig.control.deadline(), None);
+}
+
+/// The store's death is a misfortune, not the end: drivers still grow back.
+#[test]
+fn without_a_store_drivers_still_restart() {
+    let mut rig = rig();
+    rig.core().kill("store", None, MS);
+    rig.settle();
+    rig.core().kill("net0", None, 600 * MS);
+    rig.settle();
+    assert_eq!(rig.core().named("net0").incarnation, 2);
+    assert_eq!(rig.node("/"), Response::Failed(Failure::Store { name: "EIO".into() }));
+}
+
+#[test]
+fn damaged_bundles_are_refused() {
+    let good = default_bundle();
+    assert!(Bundle::read(&good).is_ok());
+    for at in [100, 300, 4096, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        assert!(Bundle::read(&bad).is_err(), "byte {at}");
+    }
+    for len in [0, 39, 40, 200, good.len() - 1] {
+        assert!(Bundle::read(&good[..len]).is_err(), "{len} bytes");
+    }
+    let refused = |change: &dyn Fn(&mut System)| {
+        let mut system = system();
+        change(&mut system);
+        Bundle::read(&bundle(&system, &[image(1), image(1), image(1), image(1)])).unwrap_err()
+    };
+    assert_eq!(refused(&|s| s.version = 2), BundleError::Version(2));
+    let changes: [&dyn Fn(&mut System); 6] = [
+        &|s| s.domains[2].name = "net0".into(),
+        &|s| s.domains[2].name = "a/b".into(),
+        &|s| s.domains[2].name = "x".repeat(32),
+        &|s| s.domains[2].image = 4,
+        &|s| s.domains[2].vifs[0].backend = "store".into(),
+        &|s| s.domains[2].role = axolotl_abi::system::Role::Store,
+    ];
+    for change in changes {
+        assert!(matches!(refused(change), BundleError::Inconsistent(..)));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever comes over the serial port, the next good request is answered.
+    #[test]
+    fn no_garbage_on_the_serial_port_stops_the_answers(
+        garbage in prop::collection::vec(any::<u8>(), 0..600),
+    ) {
+        let mut rig = rig();
+        for byte in garbage.into_iter().chain([0]) {
+            rig.control.serial_input(byte);
+        }
+        rig.control.serial_output().clear();
+        prop_assert!(matches!(rig.ask(Request::List), Response::List(lines) if lines.len() == 4));
+    }
+
+    /// No bundle makes the control domain panic, whatever bytes it holds.
+    #[test]
+    fn no_bundle_is_trusted(at in 0_usize..8192, bytes in prop::collection::vec(any::<u8>(), 1..64)) {
+        let mut bundle = default_bundle();
+        let end = (at + bytes.len()).min(bundle.len());
+        bundle[at..end].copy_from_slice(&bytes[..end - at]);
+        // With a matching checksum, as an attacker would.
+        let header = 40 + 4 * 48;
+        let sum = protocol::crc32(&bundle[header..]);
+        bundle[36..40].copy_from_slice(&sum.to_le_bytes());
+        if let Ok(mut rig) = rig_of(bundle, FakeCore::new()) {
+            rig.settle();
+        }
+    }
+
+    /// Nor does any byte that the store sends.
+    #[test]
+    fn no_reply_of_the_store_is_trusted(bytes in prop::collection::vec(any::<u8>(), 0..4000)) {
+        struct Liar(Vec<u8>);
+        impl Transport for Liar {
+            fn send(&mut self, bytes: &[u8]) -> usize { bytes.len() }
+            fn receive(&mut self, buffer: &mut [u8]) -> usize {
+                let len = buffer.len().min(self.0.len());
+                buffer[..len].copy_from_slice(&self.0[..len]);
+                self.0.drain(..len);
+                len
+            }
+            fn wait(&mut self) -> Result<(), Errno> { Ok(()) }
+        }
+        let image = default_bundle();
+        let setup = Setup {
+            bundle: &image, hypervisor: FakeCore::new(), store: Liar(bytes), store_port: EventPort(1),
+        };
+        let mut control = Control::start(setup).unwrap();
+        control.work(Wake::ALL);
+    }
+}

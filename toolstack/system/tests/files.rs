@@ -1,0 +1,102 @@
+//! Every system file of the project: the good ones compile, the bad ones earn their message.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use axolotl_abi::system::{Dma, Role};
+use std::path::{Path, PathBuf};
+
+fn systems() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systems")
+}
+
+fn toml_files(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect()
+}
+
+#[test]
+fn every_good_file_compiles_and_can_be_explained() {
+    let files = toml_files(&systems());
+    assert!(files.len() >= 4);
+    for path in files {
+        let compiled = system::load(&path).unwrap_or_else(|error| panic!("{}", error.one_line()));
+        assert!(system::explain(&compiled).contains(&compiled.system.name));
+    }
+}
+
+#[test]
+fn every_bad_file_earns_its_message_with_a_line_and_a_hint() {
+    let files = toml_files(&systems().join("bad"));
+    assert!(files.len() >= 55);
+    let mut wrong = String::new();
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let message = text.lines().next().unwrap().strip_prefix("# ").unwrap();
+        let error = system::load(&path).expect_err(&path.display().to_string());
+        if error.message() != message {
+            wrong +=
+                &format!("\n{}\n  wants {message}\n  earns {}", path.display(), error.message());
+        }
+        assert!(error.line().is_some(), "{}", path.display());
+        assert!(error.hint().is_some(), "{}", path.display());
+        assert!(error.path().ends_with(".toml"));
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// The line is the culprit's, and the drawn report shows file, line, message and hint.
+#[test]
+fn a_report_shows_the_culprit() {
+    let error = system::load(&systems().join("bad/mac-multicast.toml")).unwrap_err();
+    let line = error.line().unwrap();
+    let text = std::fs::read_to_string(systems().join("bad/mac-multicast.toml")).unwrap();
+    assert!(text.lines().nth(line - 1).unwrap().contains("01:16:3e"), "line {line}");
+    let mut report = String::new();
+    let handler = miette::GraphicalReportHandler::new_themed(miette::GraphicalTheme::none());
+    handler.render_report(&mut report, error.as_ref()).unwrap();
+    for part in ["mac-multicast.toml", "multicast address", "first byte", "01:16:3e:00:00:01"] {
+        assert!(report.contains(part), "{part} is missing in\n{report}");
+    }
+}
+
+#[test]
+fn a_missing_file_is_an_error_without_a_line() {
+    let error = system::load(Path::new("/nonexistent/file.toml")).unwrap_err();
+    assert!(error.message().contains("cannot read"));
+    assert_eq!(error.line(), None);
+}
+
+#[test]
+fn the_default_system_is_what_the_readme_says() {
+    let compiled = system::load(&systems().join("default.toml")).unwrap();
+    assert_eq!(compiled.images, ["control-domain", "store-domain", "net-domain", "demo-guest"]);
+    assert_eq!(compiled.system.name, "default");
+    let [store, net0, demo] = &compiled.system.domains[..] else { panic!("three domains") };
+    assert_eq!((store.role, net0.role, demo.role), (Role::Store, Role::Driver, Role::Guest));
+    assert_eq!((net0.devices[0].bdf, net0.devices[0].dma), (0x10, Dma::Trusted));
+    assert_eq!((net0.memory_pages, net0.preserved_pages), (1024, 16));
+    assert_eq!(demo.vifs[0].backend, "net0");
+    assert_eq!(demo.vifs[0].mac, [0, 0x16, 0x3e, 0, 0, 1]);
+    assert_eq!((compiled.machine.memory_mib, compiled.machine.cpus), (256, 2));
+    let system::NicNet::User { host_forward } = &compiled.machine.nics[0].net else { panic!() };
+    assert_eq!(host_forward[0].to_string(), "tcp:127.0.0.1:8080-:80");
+}
+
+/// An image that is larger than was assumed is refused where the memory is set.
+#[test]
+fn an_image_that_does_not_fit_is_refused() {
+    use axolotl_abi::image::{IMAGE_MAGIC, ImageHeader, Segment};
+    use zerocopy::IntoBytes;
+    let compiled = system::load(&systems().join("default.toml")).unwrap();
+    let flat = |pages| {
+        let header = ImageHeader { magic: IMAGE_MAGIC, entry: 0x20_0000, segments: 1, reserved: 0 };
+        let segment = Segment { gfn: 0x200, pages, access: 5, file_offset: 0, file_bytes: 0 };
+        [header.as_bytes(), segment.as_bytes()].concat()
+    };
+    compiled.check_image(2, &flat(128)).unwrap();
+    let error = compiled.check_image(2, &flat(1024)).unwrap_err();
+    assert!(error.message().starts_with("`net0` has too little memory"), "{}", error.message());
+    assert!(error.line().is_some());
+    assert!(compiled.check_image(2, b"no image").is_err());
+    assert!(compiled.check_image(0, &flat(2048)).unwrap_err().message().contains("`control`"));
+}
