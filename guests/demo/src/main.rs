@@ -1,2 +1,15 @@
-#![no_std]
-#![no_main]
+//! The demo guest: a web server behind a split network driver.
+//!
+//! The server is the library `demo_guest`; here it meets the machine.
+
+#![cfg_attr(target_os = "none", no_std, no_main)]
+#![forbid(unsafe_code)]
+
+#[cfg(target_os = "none")]
+mod domain;
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!("demo-guest runs inside Axolotl; build it for x86_64-unknown-none");
+    std::process::exit(1);
+}
