@@ -1,1 +1,138 @@
-fn main() {}
+//! The command line of the project's tasks.
+
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use xtask::checks::{self, Job};
+use xtask::qemu::{Accel, Options, Ports};
+use xtask::suite::{self, Which};
+use xtask::{bench, doses, iso, run};
+
+/// Builds, boots, tests and measures Axolotl. Whatever a task needs and does not find, it sets up.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Xtask {
+    /// Builds the core and all images that a system needs.
+    Build {
+        /// A system file, or the name of one in `systems/`.
+        #[arg(default_value = "default")]
+        system: PathBuf,
+    },
+    /// Builds a directory, or a CD image, that a real machine can boot by GRUB.
+    Image {
+        /// A system file, or the name of one in `systems/`.
+        system: PathBuf,
+        /// Where to write the directory.
+        #[arg(short, long)]
+        output: Option<PathBuf>,
+        /// Makes a CD image of it too.
+        #[arg(long)]
+        iso: bool,
+    },
+    /// Boots a system in QEMU and shows the consoles of all its domains.
+    Run {
+        /// A system file, or the name of one in `systems/`.
+        #[arg(default_value = "default")]
+        system: PathBuf,
+        /// For scripts: no colours.
+        #[arg(long)]
+        headless: bool,
+        /// Ends after this time, with success if nothing broke.
+        #[arg(long = "for", value_name = "TIME", value_parser = run::parse_duration)]
+        limit: Option<Duration>,
+        /// Processors, instead of the system file's number.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+        smp: Option<u32>,
+        /// How instructions are executed.
+        #[arg(long, value_enum, default_value_t)]
+        accel: Accel,
+        /// Uses free host ports instead of those of the system file.
+        #[arg(long)]
+        any_port: bool,
+        /// Further arguments for QEMU.
+        #[arg(long, value_name = "ARG", num_args = 1.., allow_hyphen_values = true)]
+        qemu_args: Vec<String>,
+    },
+    /// Runs all tests: on the host, and in QEMU.
+    Test {
+        /// Only tests whose names contain this.
+        filter: Option<String>,
+        /// Only tests that need no machine.
+        #[arg(long, conflicts_with = "qemu")]
+        host: bool,
+        /// Only tests that boot a machine.
+        #[arg(long)]
+        qemu: bool,
+    },
+    /// Crashes the network driver again and again under a running download.
+    CrashSoak {
+        /// How often.
+        #[arg(long, default_value_t = 1000)]
+        kills: u32,
+    },
+    /// Attacks the core with hostile calls while the demo guest keeps answering.
+    Selftest {
+        /// How many.
+        #[arg(long, default_value_t = 1_000_000)]
+        calls: u64,
+    },
+    /// Measures the budgets of the design, counted in instructions so that figures repeat.
+    Bench {
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Explores all interleavings of the shared-memory code within loom's bounds.
+    Loom,
+    /// Runs the tests of the core and of shared memory under Miri, on nightly.
+    Miri,
+    /// Runs what continuous integration runs; with a name, only that job.
+    Ci {
+        /// Which job.
+        #[arg(value_enum)]
+        job: Option<Job>,
+    },
+}
+
+fn main() -> ExitCode {
+    // Wide enough that a message meant as one line is one.
+    let _ = miette::set_hook(Box::new(|_| {
+        Box::new(miette::MietteHandlerOpts::new().wrap_lines(false).build())
+    }));
+    match work(Xtask::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(report) => {
+            eprintln!("{report:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn work(task: Xtask) -> miette::Result<()> {
+    match task {
+        Xtask::Build { system } => run::build_only(&system),
+        Xtask::Image { system, output, iso } => iso::image(&system, output, iso),
+        Xtask::Run { system, headless, limit, smp, accel, any_port, qemu_args } => {
+            let ports = if any_port { Ports::Free } else { Ports::AsWritten };
+            let options = Options { accel, cpus: smp, ports, extra: qemu_args };
+            run::run(&system, &run::Wanted { headless, limit, options })
+        }
+        Xtask::Test { filter, host, qemu } => {
+            let which = match (host, qemu) {
+                (true, _) => Which::Host,
+                (_, true) => Which::Qemu,
+                _ => Which::All,
+            };
+            suite::test(filter.as_deref(), which)
+        }
+        Xtask::CrashSoak { kills } => doses::crash_soak(kills),
+        Xtask::Selftest { calls } => doses::selftest(calls),
+        Xtask::Bench { json } => bench::bench(json),
+        Xtask::Loom => checks::loom(),
+        Xtask::Miri => checks::miri(),
+        Xtask::Ci { job } => checks::ci(job),
+    }
+}

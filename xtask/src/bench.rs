@@ -1,0 +1,317 @@
+//! `cargo xtask bench`: the budgets of `architecture.md` §9, measured.
+//!
+//! Under `-icount shift=0,sleep=off` QEMU advances its clock by one nanosecond per instruction, and skips
+//! idle time, so that figures repeat on any host: a time in nanoseconds is a number of
+//! instructions. `docs/benchmarks.md` says what that does and does not show.
+
+use crate::build::{self, Built};
+use crate::machine::{Machine, wait_web};
+use crate::qemu::{Accel, Options, Ports};
+use crate::{lines_of_code, platform, project, setup};
+use miette::miette;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+/// Crashes of the driver domain that are measured.
+const CRASHES: usize = 100;
+/// How long any one step may take on the host.
+const STEP: Duration = Duration::from_secs(120);
+/// Processors: with one, `-icount` gives the same figures in every run.
+const CPUS: u32 = 1;
+
+/// A figure, its budget and where it comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Row {
+    what: String,
+    /// `None` when it could not be measured.
+    value: Option<u64>,
+    unit: &'static str,
+    budget: Option<u64>,
+}
+
+impl Row {
+    fn new(what: impl Into<String>, value: Option<u64>, unit: &'static str) -> Self {
+        Self { what: what.into(), value, unit, budget: None }
+    }
+
+    fn budget(mut self, budget: u64) -> Self {
+        self.budget = Some(budget);
+        self
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.value, self.budget) {
+            (None, _) => "not measured",
+            (Some(_), None) => "",
+            (Some(value), Some(budget)) if value <= budget => "pass",
+            (Some(_), Some(_)) => "miss",
+        }
+    }
+}
+
+/// Measures all and prints a table, or JSON. A missed budget is reported, not an error.
+///
+/// # Errors
+/// A system cannot be built or booted.
+pub fn bench(as_json: bool) -> miette::Result<()> {
+    setup::qemu()?;
+    let mut rows = Vec::new();
+    rows.extend(core_figures()?);
+    rows.extend(path_figures()?);
+    rows.push(core_lines()?);
+    if as_json {
+        println!("{}", to_json(&rows));
+    } else {
+        print!("{}", to_table(&rows));
+    }
+    Ok(())
+}
+
+/// Times that a measuring domain reports about itself.
+type Figures = BTreeMap<String, Vec<u64>>;
+
+fn options() -> Options {
+    Options { accel: Accel::Icount, cpus: Some(CPUS), ports: Ports::Free, extra: Vec::new() }
+}
+
+/// Boots `built`, and passes every measurement of its console on.
+fn boot(built: &Built, figures: Sender<(String, u64)>) -> miette::Result<Machine> {
+    Machine::start(built, &options(), move |line| {
+        if let Some((name, value, _)) = line.measurement() {
+            let _ = figures.send((name.into(), value));
+        }
+    })
+}
+
+/// What the measuring domains say: hypercall, event, grant copy.
+fn core_figures() -> miette::Result<Vec<Row>> {
+    let names = ["null_hypercall", "event_round_trip", "grant_copy_1500"];
+    let built = build::build_named(Path::new("pingpong"))?;
+    let (sender, receiver) = channel();
+    let machine = boot(&built, sender)?;
+    let mut figures = Figures::new();
+    let deadline = Instant::now() + STEP;
+    while names.iter().any(|name| !figures.contains_key(*name)) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok((name, value)) = receiver.recv_timeout(left) else { break };
+        figures.entry(name).or_default().push(value);
+    }
+    drop(machine);
+    let value = |name: &str| figures.get(name).and_then(|values| median(values));
+    Ok(vec![
+        Row::new("null hypercall", value(names[0]), "instructions").budget(150),
+        Row::new("event round trip between two domains", value(names[1]), "instructions"),
+        Row::new("grant copy of 1500 bytes", value(names[2]), "instructions"),
+    ])
+}
+
+/// Boot to first answer, restarts, sizes: on the default system.
+fn path_figures() -> miette::Result<Vec<Row>> {
+    let built = build::build_named(Path::new("default"))?;
+    let (sender, receiver) = channel();
+    let machine = boot(&built, sender)?;
+    let server =
+        machine.web(0).ok_or_else(|| miette!("the default system forwards no web port"))?;
+    wait_web(server, STEP, || false)?;
+    let mut rows = vec![];
+    let mut figures = Figures::new();
+    drain(&receiver, &mut figures, Duration::from_secs(2));
+    let first = figures.get("first_http_answer").and_then(|values| values.first().copied());
+    rows.push(
+        Row::new("hypervisor entry to first HTTP answer", first.map(|ns| ns / 1000), "µs")
+            .budget(100_000),
+    );
+    let before = platform::info(&machine.mux)?;
+    let outages = outages(&machine, server, &receiver)?;
+    let after = platform::info(&machine.mux)?;
+    let budget = [(50, 5_000, "median"), (99, 10_000, "p99")];
+    for (percent, budget, name) in budget {
+        let what =
+            format!("crash to first packet forwarded, {name} of {}", outages.forwarded.len());
+        let value = percentile(&outages.forwarded, percent).map(|ns| ns / 1000);
+        rows.push(Row::new(what, value, "µs").budget(budget));
+    }
+    for (percent, name) in [(50, "median"), (99, "p99")] {
+        let what = format!("crash to driver runnable, {name} of {}", outages.runnable.len());
+        rows.push(Row::new(what, percentile(&outages.runnable, percent).map(|ns| ns / 1000), "µs"));
+    }
+    let leaked = before.free_bytes.saturating_sub(after.free_bytes);
+    rows.push(Row::new("memory lost over these crashes", Some(leaked), "bytes").budget(0));
+    rows.extend(sizes(&built, &machine)?);
+    Ok(rows)
+}
+
+/// Outages in nanoseconds.
+#[derive(Default)]
+struct Outages {
+    forwarded: Vec<u64>,
+    runnable: Vec<u64>,
+}
+
+/// Crashes the driver domain under a download, again and again.
+fn outages(
+    machine: &Machine,
+    server: std::net::SocketAddr,
+    receiver: &std::sync::mpsc::Receiver<(String, u64)>,
+) -> miette::Result<Outages> {
+    let mut outages = Outages::default();
+    for _ in 0..CRASHES {
+        while receiver.try_recv().is_ok() {}
+        let lives = platform::why(&machine.mux, "net0")?.incarnation;
+        // Traffic is waiting when the next incarnation comes.
+        let traffic = std::thread::spawn(move || {
+            crate::http::download(server, 20_000_000, Duration::from_secs(10), |_| ())
+        });
+        platform::crash(&machine.mux, "net0")?;
+        let died = next_death(machine, lives)?;
+        outages.runnable.push(died.restarted_ns.saturating_sub(died.time_ns));
+        let mut figures = Figures::new();
+        drain(receiver, &mut figures, Duration::from_secs(2));
+        let first = figures.get("first_packet").and_then(|values| values.first());
+        outages.forwarded.extend(first.map(|ns| ns.saturating_sub(died.time_ns)));
+        drop(traffic);
+        // The supervisor shall see a life that is not a quick death.
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    Ok(outages)
+}
+
+fn next_death(machine: &Machine, lives: u32) -> miette::Result<axolotl_abi::protocol::Why> {
+    let deadline = Instant::now() + STEP;
+    while Instant::now() < deadline {
+        let why = platform::why(&machine.mux, "net0")?;
+        if why.incarnation > lives && why.restarted_ns != 0 {
+            return Ok(why);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err(miette!("net0 did not come back within {STEP:?}"))
+}
+
+/// Takes what was measured until nothing comes for a while, or the awaited kind came.
+fn drain(
+    receiver: &std::sync::mpsc::Receiver<(String, u64)>,
+    figures: &mut Figures,
+    limit: Duration,
+) {
+    let deadline = Instant::now() + limit;
+    while let Ok((name, value)) =
+        receiver.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+    {
+        let last = name.starts_with("first_");
+        figures.entry(name).or_default().push(value);
+        if last {
+            return;
+        }
+    }
+}
+
+/// Image and memory of each domain.
+fn sizes(built: &Built, machine: &Machine) -> miette::Result<Vec<Row>> {
+    let domains = platform::list(&machine.mux)?;
+    let info = platform::info(&machine.mux)?;
+    let mut rows = Vec::new();
+    for (name, bytes) in &built.images {
+        let row = Row::new(format!("image of {name}"), Some(*bytes), "bytes");
+        rows.push(if name == "net-domain" { row.budget(512 << 10) } else { row });
+    }
+    let mut platform_bytes = info.core_bytes;
+    for domain in &domains {
+        let row =
+            Row::new(format!("memory of {}", domain.name), Some(domain.memory_bytes), "bytes");
+        let role = domain.role;
+        if role != axolotl_abi::system::Role::Guest {
+            platform_bytes += domain.memory_bytes;
+        }
+        let driver = role == axolotl_abi::system::Role::Driver;
+        rows.push(if driver { row.budget(4 << 20) } else { row });
+    }
+    rows.push(Row::new("memory of the core", Some(info.core_bytes), "bytes"));
+    let whole = Row::new("memory of the platform without guests", Some(platform_bytes), "bytes");
+    rows.push(whole.budget(24 << 20));
+    Ok(rows)
+}
+
+fn core_lines() -> miette::Result<Row> {
+    let root = project::root().join("core-hv");
+    let lines = lines_of_code::count_directory(&root.join("hv-core/src"))?
+        + lines_of_code::count_directory(&root.join("hv-x86/src"))?;
+    Ok(Row::new("lines of code of the core", Some(lines as u64), "lines").budget(10_000))
+}
+
+fn median(values: &[u64]) -> Option<u64> {
+    percentile(values, 50)
+}
+
+/// The smallest value that at least `percent` of all do not exceed.
+fn percentile(values: &[u64], percent: usize) -> Option<u64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied()
+}
+
+fn to_json(rows: &[Row]) -> String {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "what": row.what, "value": row.value, "unit": row.unit,
+                "budget": row.budget, "verdict": row.verdict(),
+            })
+        })
+        .collect();
+    format!("{:#}", json!({ "accel": "tcg,icount shift=0,sleep=off", "cpus": CPUS, "rows": rows }))
+}
+
+fn to_table(rows: &[Row]) -> String {
+    let width = rows.iter().map(|row| row.what.chars().count()).max().unwrap_or(0);
+    let mut table = format!("{:width$}  {:>12} {:12} {:>10}\n", "what", "value", "unit", "budget");
+    for row in rows {
+        let text = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
+        let (value, budget) = (text(row.value), text(row.budget));
+        let line = format!(
+            "{:width$}  {value:>12} {:12} {budget:>10}  {}",
+            row.what,
+            row.unit,
+            row.verdict()
+        );
+        table += line.trim_end();
+        table.push('\n');
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let values: Vec<u64> = (1..=100).rev().collect();
+        assert_eq!(percentile(&values, 50), Some(50));
+        assert_eq!(percentile(&values, 99), Some(99));
+        assert_eq!(percentile(&[7], 99), Some(7));
+        assert_eq!(percentile(&[], 50), None);
+    }
+
+    #[test]
+    fn nothing_passes_without_having_been_measured() {
+        assert_eq!(Row::new("x", None, "ns").budget(5).verdict(), "not measured");
+        assert_eq!(Row::new("x", Some(5), "ns").budget(5).verdict(), "pass");
+        assert_eq!(Row::new("x", Some(6), "ns").budget(5).verdict(), "miss");
+        assert_eq!(Row::new("x", Some(6), "ns").verdict(), "");
+    }
+
+    #[test]
+    fn the_table_and_json_hold_every_row() {
+        let rows = [Row::new("a", Some(1), "ns").budget(2), Row::new("b", None, "µs")];
+        assert_eq!(to_table(&rows).lines().count(), 3);
+        let json: serde_json::Value = serde_json::from_str(&to_json(&rows)).expect("JSON");
+        assert_eq!(json["rows"][0]["verdict"], "pass");
+        assert!(json["rows"][1]["value"].is_null());
+    }
+}
