@@ -405,7 +405,6 @@ pub struct SetGrant {
 }
 const _: () = assert!(size_of::<SetGrant>() == 16);
 
-
 /// The name of a processor exception. Source: AMD64 manual, volume 2, 8.2.
 #[must_use]
 pub const fn vector_name(vector: u32) -> &'static str {

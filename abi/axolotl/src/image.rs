@@ -120,17 +120,15 @@ impl ImageHeader {
     /// # Errors
     /// The first rule of this module that `image` breaks.
     pub fn check(image: &[u8]) -> Result<(Self, &[Segment]), ImageError> {
-        let (header, rest) =
-            Self::read_from_prefix(image).map_err(|_| ImageError::Truncated)?;
+        let (header, rest) = Self::read_from_prefix(image).map_err(|_| ImageError::Truncated)?;
         if header.magic != IMAGE_MAGIC {
             return Err(ImageError::BadMagic);
         }
         if header.segments == 0 || header.segments > MAX_SEGMENTS {
             return Err(ImageError::BadCount);
         }
-        let (segments, _) =
-            <[Segment]>::ref_from_prefix_with_elems(rest, header.segments as usize)
-                .map_err(|_| ImageError::Truncated)?;
+        let (segments, _) = <[Segment]>::ref_from_prefix_with_elems(rest, header.segments as usize)
+            .map_err(|_| ImageError::Truncated)?;
         for segment in segments {
             segment.check(image.len() as u64)?;
         }
@@ -165,17 +163,15 @@ impl BundleHeader {
     /// # Errors
     /// The first rule of this module that `bundle` breaks.
     pub fn check(bundle: &[u8]) -> Result<(Self, &[BundleImage]), ImageError> {
-        let (header, rest) =
-            Self::read_from_prefix(bundle).map_err(|_| ImageError::Truncated)?;
+        let (header, rest) = Self::read_from_prefix(bundle).map_err(|_| ImageError::Truncated)?;
         if header.magic != BUNDLE_MAGIC {
             return Err(ImageError::BadMagic);
         }
         if header.images == 0 || header.images > MAX_IMAGES {
             return Err(ImageError::BadCount);
         }
-        let (images, _) =
-            <[BundleImage]>::ref_from_prefix_with_elems(rest, header.images as usize)
-                .map_err(|_| ImageError::Truncated)?;
+        let (images, _) = <[BundleImage]>::ref_from_prefix_with_elems(rest, header.images as usize)
+            .map_err(|_| ImageError::Truncated)?;
         let within = |offset: u64, bytes: u64| {
             offset.checked_add(bytes).is_some_and(|end| end <= header.bundle_bytes)
         };

@@ -478,10 +478,13 @@ mod tests {
     #[test]
     fn a_framer_finds_its_place_again() {
         let frame = encode(&request()).unwrap();
-        for garbage in [vec![], vec![0; 3], vec![1, 2, 3], frame[..5].to_vec(), vec![7; MAX_FRAME * 2]] {
+        for garbage in
+            [vec![], vec![0; 3], vec![1, 2, 3], frame[..5].to_vec(), vec![7; MAX_FRAME * 2]]
+        {
             let mut framer = Framer::new();
             let stream = [garbage.as_slice(), &[0], &frame].concat();
-            let found: Vec<_> = stream.iter().filter_map(|b| framer.push::<ToControl>(*b)).collect();
+            let found: Vec<_> =
+                stream.iter().filter_map(|b| framer.push::<ToControl>(*b)).collect();
             assert_eq!(found.last(), Some(&Ok(request())), "{} bytes", garbage.len());
             assert!(found.len() <= 2);
         }

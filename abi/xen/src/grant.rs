@@ -77,9 +77,7 @@ pub const GNTMAP_HOST_MAP: u32 = 2;
 pub const GNTMAP_READONLY: u32 = 4;
 
 /// Status of one grant operation (`GNTST_*`): 0 or a negative number.
-#[derive(
-    Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(transparent)]
 pub struct GrantStatus(pub i16);
 

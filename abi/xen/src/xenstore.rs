@@ -61,9 +61,7 @@ pub struct Header {
 const _: () = assert!(size_of::<Header>() == 16);
 
 /// Type of a message (`enum xsd_sockmsg_type`).
-#[derive(
-    Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(transparent)]
 pub struct MessageKind(pub u32);
 
