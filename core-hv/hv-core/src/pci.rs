@@ -437,7 +437,9 @@ fn silence<P: Platform>(p: &mut P, function: &Function) {
     let bdf = function.bdf;
     command(p, bdf, COMMAND_BUS_MASTER, COMMAND_INTX_OFF);
     if let Some(msix) = function.msix {
-        change(p, bdf, msix.capability + 2, MSIX_ENABLE, MSIX_MASK_ALL);
+        // It stays enabled, which keeps the function from INTx; some emulations also stop the
+        // whole machine when a message falls due while it is disabled.
+        change(p, bdf, msix.capability + 2, 0, MSIX_ENABLE | MSIX_MASK_ALL);
     }
     if let Some(msi) = function.msi {
         change(p, bdf, msi.capability + 2, MSI_ENABLE, 0);
@@ -457,7 +459,8 @@ fn silence<P: Platform>(p: &mut P, function: &Function) {
 fn aim_msix<P: Platform>(p: &mut P, bdf: Bdf, msix: MsiX, entry: u16, vector: u8) {
     let message = p.msi_message(CpuId(0), vector);
     command(p, bdf, 0, COMMAND_MEMORY);
-    if p.config_read(bdf, msix.capability + 2, 2) & MSIX_ENABLE == 0 {
+    let control = p.config_read(bdf, msix.capability + 2, 2);
+    if control & (MSIX_ENABLE | MSIX_MASK_ALL) != MSIX_ENABLE {
         // Enabled and masked as a whole first: entries keep what a predecessor left.
         change(p, bdf, msix.capability + 2, 0, MSIX_ENABLE | MSIX_MASK_ALL);
         for other in 0..u64::from(msix.vectors) {
