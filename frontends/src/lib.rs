@@ -1,1 +1,12 @@
-//! Placeholder.
+//! Frontend halves of Xen's split drivers, for unikernel domains.
+//!
+//! A frontend finds its device in xenstore, shares rings and pages with the backend that is named
+//! there, and offers its user plain frames. Events and the store are passed in by the domain's
+//! event loop. So far there is [`netfront`].
+
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod netfront;

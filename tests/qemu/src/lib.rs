@@ -159,6 +159,9 @@ impl Drop for Platform {
             eprintln!("the core stopped: {line}");
         }
         if std::thread::panicking() {
+            if let Ok(Some((status, said))) = self.machine.ended() {
+                eprintln!("QEMU ended: {status}, {said}");
+            }
             self.log.leave();
         }
     }
