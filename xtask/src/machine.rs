@@ -101,6 +101,19 @@ impl Machine {
         Ok(status.map(|status| (status, said(&self.errors))))
     }
 
+    /// An error, and how the machine ended in case that is why.
+    #[must_use]
+    pub fn explain(&mut self, error: miette::Report) -> miette::Report {
+        let panic = self.lines.try_iter().find(Line::is_core_panic);
+        match (panic, self.ended()) {
+            (Some(line), _) => error.wrap_err(format!("the core stopped: {}", line.text)),
+            (None, Ok(Some((status, said)))) => {
+                error.wrap_err(format!("QEMU ended: {status}, {said}"))
+            }
+            (None, _) => error,
+        }
+    }
+
     /// Waits for a line that `wanted` accepts.
     ///
     /// # Errors

@@ -26,6 +26,9 @@ pub enum Accel {
     Tcg,
     /// Emulation that counts instructions: one nanosecond each, no waiting while idle.
     Icount,
+    /// The same, but while the machine is idle its clock is the host's: for what waits for the
+    /// host's network.
+    IcountIdle,
 }
 
 /// Which host ports a guest's ports appear at.
@@ -120,13 +123,15 @@ fn killed_with_us() -> Command {
 fn accelerate(command: &mut Command, accel: Accel, machine: &Machine) {
     let (accelerator, cpu) = match accel {
         Accel::Kvm => ("kvm", "host"),
-        Accel::Icount => ("tcg,thread=single", EMULATED_CPU),
+        Accel::Icount | Accel::IcountIdle => ("tcg,thread=single", EMULATED_CPU),
         Accel::Tcg | Accel::Auto => ("tcg,thread=multi", EMULATED_CPU),
     };
     let cpu = machine.cpu_model.as_deref().unwrap_or(cpu);
     command.args(["-accel", accelerator, "-cpu", cpu]);
-    if accel == Accel::Icount {
-        command.args(["-icount", "shift=0,sleep=off"]);
+    match accel {
+        Accel::Icount => _ = command.args(["-icount", "shift=0,sleep=off"]),
+        Accel::IcountIdle => _ = command.args(["-icount", "shift=0,sleep=on"]),
+        Accel::Kvm | Accel::Tcg | Accel::Auto => {}
     }
 }
 

@@ -61,7 +61,7 @@ pub fn run(system: &Path, wanted: &Wanted) -> miette::Result<()> {
 fn say_how(built: &Built, accel: Accel) {
     let how = match accel {
         Accel::Kvm => "KVM",
-        Accel::Icount => "emulation, counting instructions",
+        Accel::Icount | Accel::IcountIdle => "emulation, counting instructions",
         Accel::Tcg | Accel::Auto => "emulation: KVM is not usable here",
     };
     eprintln!("booting `{}` in QEMU ({how}); Ctrl-C ends it", built.compiled.system.name);

@@ -4,7 +4,7 @@ use domain_api::nic::Nic;
 use domain_api::{Errno, EventPort};
 use e1000e::{E1000e, PciId, VECTOR_OTHER, VECTOR_QUEUES};
 use netback::Netback;
-use unikernel::{Device, Domain, Mmio, Watchdog, log};
+use unikernel::{Device, Domain, Mmio, Watchdog, log, println};
 use xenbus::Store;
 
 /// How often the device is looked after, and the watchdog told so.
@@ -30,11 +30,13 @@ fn run(domain: Domain) {
     netback.start(&mut env, &mut store).expect("the store answers");
 
     let mut tick_ns = 0;
+    let mut told = domain.incarnation() == 1;
     loop {
         while let Some(event) = store.next_event() {
             netback.store_event(&mut env, &mut store, &event).expect("the store answers");
         }
         let progress = netback.poll(&mut env, &mut nic);
+        told = told || tell_first(&domain, &netback);
         if progress.store_work {
             netback.settle(&mut env, &mut store).expect("the store answers");
         }
@@ -71,6 +73,18 @@ fn start(domain: &Domain, device: &Device) -> E1000e<Mmio> {
         "82574L {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}, link {link}, in {took_us} us"
     );
     nic
+}
+
+/// Reports the end of the outage: the first frame of a guest that went through. True when told.
+fn tell_first(domain: &Domain, netback: &Netback) -> bool {
+    let forwarded = netback.vifs().any(|vif| {
+        let stats = vif.stats;
+        stats.tx_packets > stats.tx_dropped || stats.rx_packets > 0
+    });
+    if forwarded {
+        println!("bench: first_packet {} ns", domain.now_ns());
+    }
+    forwarded
 }
 
 /// Events of the rings need no more than the wake-up.

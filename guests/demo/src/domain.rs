@@ -10,7 +10,7 @@ use demo_guest::pauses::Pauses;
 use demo_guest::server::{RECEIVE_BUFFER, SEND_BUFFER};
 use demo_guest::stack::Stack;
 use frontends::netfront::{self, Netfront, Phy, Stats};
-use unikernel::{Domain, XenstoreRing, heap, log};
+use unikernel::{Domain, XenstoreRing, heap, log, println};
 use xenbus::device::{self, DeviceKind};
 use xenbus::{Client, DomainId, Store, XenbusState};
 
@@ -52,6 +52,9 @@ struct Guest {
     connects: u64,
     reconnect_ns: u64,
     address: String,
+    /// Whether these were reported: the first answer from the network, the first one to a client.
+    told_frame: bool,
+    told_answer: bool,
 }
 
 impl Guest {
@@ -78,6 +81,8 @@ impl Guest {
             connects: 0,
             reconnect_ns: 0,
             address: String::new(),
+            told_frame: false,
+            told_answer: false,
         }
     }
 
@@ -144,6 +149,7 @@ impl Guest {
         // An error is kept by the frontend, see `follow_backend`.
         let _ = self.front.flush(&mut env);
         self.tell_address();
+        self.tell_first();
         let look_ns = self.look_for_pauses();
         let reconnect_ns = (!self.connected).then_some(now_ns + RECONNECT_NS);
         [next_ns, look_ns, reconnect_ns].into_iter().flatten().min()
@@ -154,6 +160,18 @@ impl Guest {
         if address != self.address {
             log::info!("address {address} ({})", self.stack.addressing());
             self.address = address;
+        }
+    }
+
+    /// Reports when the network first answered us, and when we first answered a client.
+    fn tell_first(&mut self) {
+        if !self.told_frame && self.front.stats().rx_packets > 0 {
+            self.told_frame = true;
+            println!("bench: first_packet_answered {} ns", self.domain.now_ns());
+        }
+        if !self.told_answer && self.stack.requests() > 0 {
+            self.told_answer = true;
+            println!("bench: first_http_answer {} ns", self.domain.now_ns());
         }
     }
 
