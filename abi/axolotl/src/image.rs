@@ -140,7 +140,7 @@ impl Segment {
     fn check(&self, image_bytes: u64) -> Result<(), ImageError> {
         let end = self.file_offset.checked_add(self.file_bytes).ok_or(ImageError::BadExtent)?;
         if end > image_bytes
-            || self.file_offset % 4096 != 0
+            || !self.file_offset.is_multiple_of(4096)
             || self.file_bytes > u64::from(self.pages) * 4096
             || self.gfn > 1 << 36
         {

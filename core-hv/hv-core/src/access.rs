@@ -27,7 +27,6 @@ pub fn piece<P: Platform>(p: &P, p2m: &P2m, gpa: u64, len: usize) -> Result<Piec
     if page.kind == Kind::Device {
         return Err(Errno::EFAULT);
     }
-    #[expect(clippy::cast_possible_truncation, reason = "below 4096")]
     let offset = (gpa & 0xfff) as usize;
     Ok(Piece { page, offset, len: len.min(4096 - offset) })
 }

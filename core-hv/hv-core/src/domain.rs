@@ -190,7 +190,7 @@ pub struct Ports {
     pub virqs: [u16; event::NR_VIRQS as usize],
 }
 
-/// The grant table of a domain and its view of others', see [`crate::grant`].
+/// The grant table of a domain and its view of others', see `grant`.
 pub struct Grants {
     /// Entries that the domain shares with the core.
     pub shared: Table<{ xen_abi::grant::MAX_FRAMES as usize }>,
@@ -393,7 +393,9 @@ fn backtrace<P: Platform>(p: &P, p2m: &P2m, called_from: Option<u64>, rbp: u64) 
     let mut frame = rbp;
     for address in &mut addresses[first..] {
         let mut words = [[0; 8]; 2];
-        if frame % 8 != 0 || crate::access::read(p, p2m, frame, words.as_flattened_mut()).is_err() {
+        if !frame.is_multiple_of(8)
+            || crate::access::read(p, p2m, frame, words.as_flattened_mut()).is_err()
+        {
             break;
         }
         *address = u64::from_le_bytes(words[1]);

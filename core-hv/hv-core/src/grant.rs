@@ -37,7 +37,8 @@ use zerocopy::IntoBytes;
 const BATCH: u32 = 32;
 const ACTIVE_BYTES: usize = 16;
 const MAP_BYTES: usize = 32;
-const MAPS_PER_FRAME: u32 = 4096 / MAP_BYTES as u32;
+const MAPS_PER_FRAME: u32 = 128;
+const _: () = assert!(MAPS_PER_FRAME as usize * MAP_BYTES == 4096);
 /// Attempts to swap an entry that its owner keeps changing; then it is the owner's fault.
 const ATTEMPTS: usize = 5;
 const OWNER_WRITES: u64 = 1 << 40;
@@ -215,7 +216,7 @@ impl<P: Platform> Core<P> {
         if op.flags & GNTMAP_HOST_MAP == 0 || op.flags & !known != 0 {
             return Err(GrantStatus::GENERAL_ERROR);
         }
-        if op.host_addr % 4096 != 0 {
+        if !op.host_addr.is_multiple_of(4096) {
             return Err(GrantStatus::BAD_VIRT_ADDR);
         }
         let gfn = Gfn::containing(op.host_addr);

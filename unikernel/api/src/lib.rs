@@ -1,7 +1,7 @@
 //! What a domain may ask of the core, as traits.
 //!
 //! Backends, frontends and drivers are written against these traits. In the machine `unikernel`
-//! implements them by hypercalls; on a host [`fake`] implements them for several domains in one
+//! implements them by hypercalls; on a host `fake` implements them for several domains in one
 //! process, so that both ends of a split driver meet in a test.
 
 #![cfg_attr(not(any(test, feature = "fake")), no_std)]
