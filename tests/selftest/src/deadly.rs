@@ -20,7 +20,11 @@ macro_rules! instructions {
             // SAFETY: none. The processor or the core ends the domain here; should it come back,
             // the test has failed and says so.
             unsafe {
-                asm!($($line,)+ out("rax") _, out("rcx") _, out("rdx") _, out("rdi") _, out("rsi") _);
+                asm!(
+                    $($line,)+
+                    out("rax") _, out("rcx") _, out("rdx") _, out("rdi") _, out("rsi") _,
+                    out("r11") _,
+                );
             }
         }
         ($name, attack as fn())
@@ -50,6 +54,12 @@ pub fn read_words(address: u64, count: usize) -> Vec<u64> {
         // SAFETY: the callers name text of this image, which is mapped for reading.
         .map(|word| unsafe { word.read_volatile() })
         .collect()
+}
+
+/// Writes a word of our own memory that Rust has no name for.
+pub fn write_word(address: u64, value: u64) {
+    // SAFETY: the callers name the grant table, where the runtime has put it for writing.
+    unsafe { (address as *mut u64).write_volatile(value) };
 }
 
 #[expect(unconditional_recursion, reason = "until the stack ends")]
@@ -88,11 +98,17 @@ const DEADLY: &[Attack] = &[
     instructions!("out to the PCI address port", "mov dx, 0xcf8", "out dx, eax"),
     instructions!("out to the reset port", "mov al, 0xfe", "out 0x64, al"),
     instructions!("rep insb", "mov dx, 0x3f8", "mov rdi, rsp", "mov ecx, 1", "rep insb"),
+    instructions!("in from the PCI data port", "mov dx, 0xcfc", "in eax, dx"),
+    instructions!("out to the POST port", "out 0x80, al"),
+    instructions!("out to the power management port", "mov dx, 0x604", "out dx, ax"),
+    instructions!("rep outsb", "mov dx, 0x3f8", "mov rsi, rsp", "mov ecx, 1", "rep outsb"),
     instructions!("rdmsr", "mov ecx, 0xc0000080", "rdmsr"),
     instructions!("wrmsr of EFER", "mov ecx, 0xc0000080", "xor eax, eax", "xor edx, edx", "wrmsr"),
     instructions!("wrmsr of LSTAR", "mov ecx, 0xc0000082", "wrmsr"),
     instructions!("mov to cr0", "xor eax, eax", "mov cr0, rax"),
     instructions!("mov from cr3", "mov rax, cr3"),
+    instructions!("mov from cr2", "mov rax, cr2"),
+    instructions!("mov from cr4", "mov rax, cr4"),
     instructions!("mov to cr3", "xor eax, eax", "mov cr3, rax"),
     instructions!("mov to cr4", "xor eax, eax", "mov cr4, rax"),
     instructions!("mov to cr8", "xor eax, eax", "mov cr8, rax"),
@@ -106,6 +122,21 @@ const DEADLY: &[Attack] = &[
     instructions!("lmsw", "xor eax, eax", "lmsw ax"),
     instructions!("invlpg", "invlpg [rsp]"),
     instructions!("wbinvd", "wbinvd"),
+    instructions!("invd", "invd"),
+    instructions!("invpcid", "xor eax, eax", "invpcid rax, [rsp]"),
+    instructions!("rdpmc", "xor ecx, ecx", "rdpmc"),
+    instructions!("rdfsbase", "rdfsbase rax"),
+    instructions!("wrgsbase", "mov rax, rsp", "wrgsbase rax"),
+    instructions!("monitor", "mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor"),
+    instructions!("mwait", "xor eax, eax", "xor ecx, ecx", "mwait"),
+    instructions!("rsm", "rsm"),
+    instructions!("stac", "stac"),
+    instructions!("wrpkru", "xor eax, eax", "xor ecx, ecx", "xor edx, edx", "wrpkru"),
+    instructions!("vmxon", "vmxon [rsp]"),
+    instructions!("vmlaunch", "vmlaunch"),
+    instructions!("stgi", "stgi"),
+    instructions!("clgi", "clgi"),
+    instructions!("xgetbv", "xor ecx, ecx", "xgetbv"),
     instructions!("swapgs", "swapgs"),
     instructions!("sysret", "xor ecx, ecx", "sysretq"),
     instructions!(
@@ -174,6 +205,51 @@ const DEADLY: &[Attack] = &[
     ("read of an empty grant window", || read(axolotl_abi::start::GRANT_WINDOW_GPA)),
 ];
 
+/// What ends the domain or does not, depending on the processor. The core must stand it.
+const ODD: &[Attack] = &[
+    instructions!("sgdt", "sub rsp, 16", "sgdt [rsp]", "add rsp, 16"),
+    instructions!("sidt", "sub rsp, 16", "sidt [rsp]", "add rsp, 16"),
+    instructions!("sldt", "sldt eax"),
+    instructions!("str", "str eax"),
+    instructions!("smsw", "smsw rax"),
+    instructions!("rdtscp", "rdtscp"),
+    // XEN_VERSION, VERSION.
+    instructions!(
+        "single step into a hypercall",
+        "mov eax, 17",
+        "xor edi, edi",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "syscall",
+        "nop",
+    ),
+    // CVE-2018-8897: a trap that the next instruction brings with it into the core.
+    instructions!(
+        "single step over a stack segment into a hypercall",
+        "mov eax, 17",
+        "xor edi, edi",
+        "mov ecx, ss",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "mov ss, ecx",
+        "syscall",
+        "nop",
+    ),
+    instructions!(
+        "single step over a stack segment into an interrupt",
+        "mov ecx, ss",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "mov ss, ecx",
+        "int3",
+    ),
+    instructions!("interrupts off by popf", "pushfq", "and qword ptr [rsp], -0x201", "popfq"),
+    instructions!("I/O privilege by popf", "pushfq", "or qword ptr [rsp], 0x3000", "popfq", "cli"),
+];
+
 /// Goes on with the first one that is left. Comes back when none is.
 pub fn run(state: &mut State) {
     while let Some((name, attack)) = DEADLY.get(state.steps() as usize) {
@@ -181,6 +257,10 @@ pub fn run(state: &mut State) {
         state.die(*attack);
         println!("selftest: FAILED: survived: {name}");
         state.fail();
+    }
+    while let Some((name, attack)) = ODD.get(state.steps() as usize - DEADLY.len()) {
+        println!("selftest: attack {}: {name}", state.steps());
+        state.may_die(*attack);
     }
 }
 
@@ -206,6 +286,25 @@ fn call_with(stack: Option<u64>, flags: u64) {
             inout("rax") XEN_VERSION => _,
             inout("rdi") version::VERSION => _,
             in("rsi") 0,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+}
+
+/// A hypercall with our data segment in all segment registers.
+fn load_segments() {
+    // SAFETY: the segment is flat, as the one that it replaces is treated; without pointers.
+    unsafe {
+        asm!(
+            "mov ds, {0:x}",
+            "mov es, {0:x}",
+            "mov fs, {0:x}",
+            "mov gs, {0:x}",
+            "syscall",
+            in(reg) 0x1b_u64,
+            inout("rax") XEN_VERSION => _,
+            inout("rdi") version::VERSION => _,
             out("rcx") _,
             out("r11") _,
         );
@@ -238,6 +337,7 @@ pub fn survivable(mut each: impl FnMut(&'static str, fn())) {
     each("hypercall with alignment check flag", || call_with(None, 0x4_0000));
     each("hypercall with nested task flag", || call_with(None, 0x4000));
     each("hypercall with I/O privilege flags", || call_with(None, 0x3000));
+    each("hypercall with segments of its own", load_segments);
     each("computing with a stack that is not canonical", || spin_without_stack(1 << 47));
     each("computing with a stack in the core", || spin_without_stack(0xffff_ffff_8000_1000));
 }

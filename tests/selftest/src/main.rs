@@ -1,10 +1,12 @@
 //! Attacks the core from ring 3, and says on its console how the core stood it.
 //!
-//! Three kinds of attack, in this order:
+//! Four kinds of attack, in this order:
 //!
 //! 1. [`directed`]: hypercalls that must fail, or must at least be survived, one by one;
-//! 2. [`random`]: any hypercall with any arguments; `calls=N` (20,000) and `seed=N` in `extra`;
-//! 3. [`deadly`]: instructions and accesses that must end the domain, one per incarnation.
+//! 2. [`random`]: any hypercall with any arguments; in `extra`, `calls=N` (20,000) and `seed=N`
+//!    (the domain's id);
+//! 3. [`directed::take_everything`]: more ports, mappings and memory than there are;
+//! 4. [`deadly`]: instructions and accesses that must end the domain, one per incarnation.
 //!
 //! How far it got is kept in a preserved page ([`state`]), so the domain needs one, and
 //! `on_crash = "restart"`. Where the death comes too early, or not at all, a line `selftest:
@@ -34,14 +36,18 @@ fn run(domain: Domain) {
     let mut state = State::open(page);
     state.judge_last_death();
     if state.phase() == Phase::Directed {
-        directed::run(&mut state);
+        directed::run(&mut state, domain.id());
         state.enter(Phase::Random);
     }
     if state.phase() == Phase::Random {
         let value = |key| domain.config_value(key);
         let calls = value("calls").and_then(|n| n.parse().ok()).unwrap_or(20_000);
-        let seed = value("seed").and_then(|n| n.parse().ok()).unwrap_or(1);
+        let seed = value("seed").and_then(|n| n.parse().ok()).unwrap_or(domain.id().0.into());
         random::run(&mut state, calls, seed);
+        state.enter(Phase::Greedy);
+    }
+    if state.phase() == Phase::Greedy {
+        directed::take_everything(&mut state, domain.id());
         state.enter(Phase::Deadly);
     }
     if state.phase() == Phase::Deadly {

@@ -5,7 +5,7 @@
 //! | 0..4   | magic                                                          |
 //! | 4..8   | [`Phase`]                                                      |
 //! | 8..12  | steps of this phase that are over                              |
-//! | 12..16 | a step is under way: 1 that must be survived, 2 that must not  |
+//! | 12..16 | a step is under way: 1 must be survived, 2 must not, 3 either  |
 //! | 16..20 | failures                                                       |
 //! | 20..24 | deaths as expected                                             |
 //! | 24..32 | hypercalls                                                     |
@@ -26,15 +26,18 @@ pub enum Phase {
     Directed = 0,
     /// Hypercalls at random.
     Random = 1,
+    /// More of everything than there is.
+    Greedy = 2,
     /// What must end the domain.
-    Deadly = 2,
+    Deadly = 3,
     /// Nothing.
-    Done = 3,
+    Done = 4,
 }
 
 const IDLE: u32 = 0;
 const SURVIVES: u32 = 1;
 const DIES: u32 = 2;
+const EITHER: u32 = 3;
 
 /// The preserved page.
 pub struct State(Page);
@@ -54,7 +57,8 @@ impl State {
         match self.0.u32(4).load(SeqCst) {
             0 => Phase::Directed,
             1 => Phase::Random,
-            2 => Phase::Deadly,
+            2 => Phase::Greedy,
+            3 => Phase::Deadly,
             _ => Phase::Done,
         }
     }
@@ -105,7 +109,7 @@ impl State {
     pub fn judge_last_death(&mut self) {
         match self.0.u32(12).swap(IDLE, SeqCst) {
             IDLE => return,
-            DIES => {
+            DIES | EITHER => {
                 self.0.u32(20).fetch_add(1, SeqCst);
             }
             _ => {
@@ -127,7 +131,16 @@ impl State {
 
     /// Does what must end the domain. Returns if it has not.
     pub fn die(&mut self, attack: fn()) {
-        self.0.u32(12).store(DIES, SeqCst);
+        self.attempt(DIES, attack);
+    }
+
+    /// Does what may end the domain, depending on the processor.
+    pub fn may_die(&mut self, attack: fn()) {
+        self.attempt(EITHER, attack);
+    }
+
+    fn attempt(&mut self, expected: u32, attack: fn()) {
+        self.0.u32(12).store(expected, SeqCst);
         attack();
         self.0.u32(12).store(IDLE, SeqCst);
         self.0.u32(8).fetch_add(1, SeqCst);
