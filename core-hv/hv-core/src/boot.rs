@@ -3,7 +3,7 @@
 use crate::control::Plan;
 use crate::domain::MAX_DOMAINS;
 use crate::frame::{FrameInfo, Mfn};
-use crate::p2m::{Kind, Page};
+use crate::p2m::{GFN_LIMIT, Kind, Page};
 use crate::platform::{MAX_CPUS, Platform};
 use crate::state::Core;
 use axolotl_abi::control::{CLASS_CONTROL, Rights};
@@ -138,6 +138,9 @@ impl<P: Platform> Core<P> {
         let image = bundle.get(start..).and_then(|rest| rest.get(..len));
         let image = image.ok_or(ImageError::Truncated)?;
         let (image_header, segments) = ImageHeader::check(image)?;
+        if image_header.entry >> 12 >= GFN_LIMIT {
+            return Err(StartError::Layout);
+        }
 
         let mut name = [0; 32];
         name[..7].copy_from_slice(b"control");

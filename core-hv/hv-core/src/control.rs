@@ -8,7 +8,7 @@ use crate::domain::{Cause, Domain, Grants, NEVER, Ports, Stage, Step, Vcpu};
 use crate::event::Port;
 use crate::fault::{Answer, Fault};
 use crate::frame::{Account, FrameTable, Mfn, Table};
-use crate::p2m::{Kind, P2m, Page, Walk};
+use crate::p2m::{GFN_LIMIT, Kind, P2m, Page, Walk};
 use crate::platform::{Bdf, Platform};
 use crate::state::Core;
 use axolotl_abi::control::{
@@ -118,8 +118,9 @@ impl<P: Platform> Core<P> {
             budget_ns: u64::from(op.budget_us) * 1000,
             period_ns: u64::from(op.period_us) * 1000,
         };
-        self.create(p, &plan)?;
+        // An answer that cannot be written must not leave a domain behind that nobody knows.
         self.put(p, id, gpa, &op)?;
+        self.create(p, &plan)?;
         Ok(0)
     }
 
@@ -281,6 +282,9 @@ impl<P: Platform> Core<P> {
     fn set_start(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let op: SetStart = self.get(p, id, gpa)?;
         let target = self.building(id, op.domid)?;
+        if op.entry >> 12 >= GFN_LIMIT {
+            return Err(Errno::EINVAL.into());
+        }
         let state = self.me_mut(target).vcpu.state.as_mut().ok_or(Errno::EBUSY)?;
         let registers = P::registers_mut(state);
         registers.rip = op.entry;
@@ -431,22 +435,29 @@ impl<P: Platform> Core<P> {
     }
 
     fn refresh_page(&mut self, p: &mut P, id: DomainId, gfn: Gfn, page: Page) -> Result<(), Errno> {
-        // What the domain could not write is as its builder left it, and is loaded again anyway.
-        if page.kind != Kind::Ram || page.preserved || !page.write {
+        if page.kind != Kind::Ram {
             return Ok(());
         }
+        // What the domain could not write is as its builder left it, and is loaded again anyway.
+        let keeps = page.preserved || !page.write;
         let (domain, frames) = self.with_frames(id);
         if !frames.is_pinned(page.mfn) {
-            p.zero(page.mfn);
+            if !keeps {
+                p.zero(page.mfn);
+            }
             return Ok(());
         }
-        // A peer still reaches the frame, which must not be part of the next life.
-        domain.account.max += 1;
-        let fresh = frames.allocate(p, &mut domain.account);
-        domain.account.max -= 1;
-        let fresh = fresh?;
-        domain.p2m.replace(p, frames, gfn, Page { mfn: fresh, ..page });
+        // A peer still reaches the frame, which must not be part of the next life. The frame is
+        // replaced: it leaves the account first, so that an account at its limit can do it.
+        if frames.counts().1 == 0 {
+            return Err(Errno::ENOMEM);
+        }
         frames.release(page.mfn, &mut domain.account);
+        let fresh = frames.allocate(p, &mut domain.account)?;
+        if keeps {
+            p.copy((page.mfn, 0), (fresh, 0), 4096);
+        }
+        domain.p2m.replace(p, frames, gfn, Page { mfn: fresh, ..page });
         Ok(())
     }
 
@@ -510,10 +521,13 @@ impl<P: Platform> Core<P> {
             return Some(Step::Processors);
         }
         self.sched.forget(id);
-        self.me_mut(id).vcpu.timer = NEVER;
-        self.update_deadline(p, id);
+        self.sched.set_deadline(id, NEVER);
         let domain = self.domains[usize::from(id.0)].take()?;
-        let Domain { mut account, p2m, vcpu, shared, console, .. } = domain;
+        let Domain { mut account, p2m, vcpu, shared, console, builder, .. } = domain;
+        // The next domain with this id has no rights over those that this one created.
+        for child in self.domains.iter_mut().flatten().filter(|child| child.builder == Some(id)) {
+            child.builder = builder;
+        }
         if let Some(state) = vcpu.state {
             p.drop_vcpu(state);
         }
@@ -578,6 +592,7 @@ impl<P: Platform> Core<P> {
         match self.map_bars(p, target, bdf, op.gpa) {
             Ok(end) => op.gpa = end,
             Err(errno) => {
+                self.unmap_bars(p, target, bdf, op.gpa);
                 self.pci.release(p, bdf);
                 return Err(errno.into());
             }
@@ -587,8 +602,7 @@ impl<P: Platform> Core<P> {
         Ok(0)
     }
 
-    /// Maps the memory BARs of a function one behind the other. What was mapped before an error
-    /// stays until the domain is destroyed, which is what its builder can only do then.
+    /// Maps the memory BARs of a function one behind the other. Some may be mapped when it fails.
     fn map_bars(&mut self, p: &mut P, id: DomainId, bdf: Bdf, start: u64) -> Result<u64, Errno> {
         let function = self.pci.find(bdf).ok_or(Errno::ENODEV)?.clone();
         let mut next = start;
@@ -619,6 +633,24 @@ impl<P: Platform> Core<P> {
             next += bytes;
         }
         Ok(next)
+    }
+
+    /// Takes the registers of a function out of a domain's address space, which has them at or
+    /// behind `start`.
+    fn unmap_bars(&mut self, p: &mut P, id: DomainId, bdf: Bdf, start: u64) {
+        let Some(function) = self.pci.find(bdf).cloned() else { return };
+        let (domain, frames) = self.with_frames(id);
+        let mut gfn = Gfn::containing(start);
+        // Holes are left by alignment only, so that twice the space of all BARs is enough.
+        for _ in 0..2 * BARS_MAX / 4096 {
+            let page = domain.p2m.page(p, gfn);
+            if page.is_some_and(|page| {
+                page.kind == Kind::Device && function.has_registers_at(page.mfn.address())
+            }) {
+                domain.p2m.remove(p, frames, gfn);
+            }
+            gfn = Gfn(gfn.0.wrapping_add(1));
+        }
     }
 
     fn pci_function_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {

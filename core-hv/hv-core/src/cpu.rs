@@ -38,6 +38,13 @@ impl<P: Platform> CpuLoop<P> {
         Self { running: None }
     }
 
+    /// Registers of a domain, if this is the processor that runs it.
+    #[cfg(any(test, feature = "fake"))]
+    pub(crate) fn running_registers(&self, id: DomainId) -> Option<&crate::platform::Registers> {
+        let running = self.running.as_ref().filter(|running| running.id == id)?;
+        Some(P::registers(&running.state))
+    }
+
     /// Runs a vCPU until it stops, or waits, and deals with the reason.
     pub fn step(&mut self, p: &mut P, core: &spin::Mutex<Core<P>>) {
         let Some(running) = &mut self.running else {
@@ -144,6 +151,7 @@ impl<P: Platform> Core<P> {
                 }
             }
             Exit::Serial => self.raise_global(p, event::VIRQ_CONSOLE),
+            Exit::Interrupted => self.timer_is_spent(p),
             _ => {}
         }
         self.tick(p);
@@ -166,7 +174,8 @@ impl<P: Platform> Core<P> {
     /// Makes a vCPU go on at an address where nothing is, as if it had been called.
     pub(crate) fn derail(&mut self, p: &mut P, id: DomainId, state: &mut P::Vcpu) {
         let registers = P::registers_mut(state);
-        self.me_mut(id).vcpu.crashed_at = Some(registers.rip);
+        // Ordered twice, it is still the first address that tells something.
+        self.me_mut(id).vcpu.crashed_at.get_or_insert(registers.rip);
         registers.rip = NOWHERE;
         self.wake(p, id);
     }

@@ -1,1 +1,1192 @@
+//! A machine in memory to run the core on, and a system on it for tests.
+//!
+//! [`Fake`] implements [`Platform`]: one value per processor, clones of one [`Machine`] with
+//! frames, a clock, PCI functions, and everything that the core did to the outside. A vCPU does
+//! what its [`Program`] says; without one it acknowledges its events and blocks, as an idle
+//! domain does. Nothing runs by itself and time stands still unless a vCPU spins or a test moves
+//! it, so that a test decides about every interleaving.
+//!
+//! [`System`] boots a control domain on such a machine and issues hypercalls as any domain, by
+//! the same path as a real processor: argument structures in the domain's memory, registers, one
+//! [`CpuLoop::step`].
+//!
+//! ```
+//! use hv_core::fake::{System, D0};
+//! use xen_abi::{event, DomainId, EventPort};
+//!
+//! let mut system = System::new();
+//! let guest = system.guest("guest");
+//! let port = system.alloc_unbound(guest, D0).unwrap();
+//! let local = system.bind(D0, guest, port).unwrap();
+//! assert_eq!(system.send(guest, port), 0);
+//! assert!(system.is_pending(D0, local));
+//! ```
 
+use crate::boot::{Boot, EcamRange, StartError};
+use crate::cpu::CpuLoop;
+use crate::domain::Wait;
+use crate::frame::{FrameInfo, Mfn};
+use crate::p2m::{Kind, Page};
+use crate::platform::{
+    Bdf, Clock, CpuId, DEVICE_VECTORS, Exit, HYPERCALL_BYTES, MsiMessage, Platform, Registers,
+    Space,
+};
+use crate::state::Core;
+use axolotl_abi::CONTROL_OP;
+use axolotl_abi::control::{
+    self, CLASS_GUEST, Create, DomainInfo, DomainOp, GetDeath, KIND_UNIKERNEL, Populate, SetStart,
+};
+use axolotl_abi::image::{
+    ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE, BUNDLE_MAGIC, BundleHeader, BundleImage,
+    IMAGE_MAGIC, ImageHeader, Segment,
+};
+use axolotl_abi::start::{GRANT_TABLE_GPA, HEAP_GPA, IMAGE_GPA, SHARED_INFO_GPA};
+use core::sync::atomic::AtomicPtr;
+use std::boxed::Box;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Mutex;
+use std::vec;
+use std::vec::Vec;
+use xen_abi::event::{AllocUnbound, BindInterdomain, BindVirq, PortOp};
+use xen_abi::grant::{
+    CopyPtr, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GNTMAP_HOST_MAP, GNTMAP_READONLY,
+    GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_WRITING, GrantCopy, GrantEntryV1,
+    GrantStatus, MapGrantRef, UnmapGrantRef,
+};
+use xen_abi::hypercall::{EVENT_CHANNEL_OP, GRANT_TABLE_OP, MEMORY_OP, SCHED_OP};
+use xen_abi::memory::{ADD_TO_PHYSMAP, AddToPhysmap, SPACE_GRANT_TABLE, SPACE_SHARED_INFO};
+use xen_abi::shared_info::{EVTCHN_PENDING, VCPU_PENDING_SEL, VCPU_UPCALL_PENDING};
+use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef, event, grant, sched};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+/// The control domain.
+pub const D0: DomainId = DomainId(0);
+/// Where [`System`] puts argument structures of a domain: its first page of heap.
+pub const SCRATCH: u64 = HEAP_GPA;
+/// The first page of heap that [`System`] leaves alone.
+pub const DATA: Gfn = Gfn::containing(HEAP_GPA + 4096);
+/// Pages of heap of a [`System::guest`], scratch page included.
+pub const HEAP_PAGES: u32 = 8;
+/// Most steps of a processor that one hypercall may take before it counts as unbounded.
+const STEPS_MAX: usize = 20_000;
+/// Physical address of the bundle.
+const BUNDLE_ADDRESS: u64 = 0x1000;
+
+/// A vCPU: registers, and which one it is.
+#[derive(Debug)]
+pub struct FakeVcpu {
+    /// Its registers.
+    pub registers: Registers,
+    /// Its frame, which names it.
+    pub frame: Mfn,
+}
+
+/// What a vCPU does while it runs.
+pub type Program = Box<dyn FnMut(&mut Fake, &mut Registers, Space) -> Exit>;
+
+/// A PCI function, as far as the core looks at it.
+pub struct FakeFunction {
+    /// Where.
+    pub bdf: Bdf,
+    /// Its configuration space.
+    pub config: Vec<u8>,
+    /// Size of each 32-bit memory BAR, 0: none.
+    pub bar_bytes: [u32; 6],
+    /// Offset of the MSI-X capability, 0: none.
+    pub msix: u16,
+    /// Offset of the MSI capability, 0: none.
+    pub msi: u16,
+    /// Offset of the PCI Express capability, 0: none.
+    pub express: u16,
+    /// Function-level resets so far.
+    pub resets: u32,
+}
+
+impl FakeFunction {
+    /// A network controller with two BARs (128 KiB of registers; 16 KiB with an MSI-X table of 5
+    /// vectors in its first page), bus mastering left on by the firmware, and function-level reset.
+    #[must_use]
+    pub fn nic(device: u8, address: u32) -> Self {
+        let mut function = Self {
+            bdf: Bdf(u32::from(device) << 3),
+            config: vec![0; 4096],
+            bar_bytes: [0x2_0000, 0, 0, 0x4000, 0, 0],
+            msix: 0xa0,
+            msi: 0,
+            express: 0xe0,
+            resets: 0,
+        };
+        function.set(0x00, &0x10d3_8086_u32.to_le_bytes());
+        function.set(0x04, &6_u16.to_le_bytes());
+        function.set(0x06, &0x10_u16.to_le_bytes());
+        function.set(0x08, &0x0200_0000_u32.to_le_bytes());
+        function.set(0x10, &address.to_le_bytes());
+        function.set(0x1c, &(address + 0x2_0000).to_le_bytes());
+        function.set(0x34, &[0xa0]);
+        // MSI-X: 5 vectors, table at offset 0 of BAR 3.
+        function.set(0xa0, &[0x11, 0xe0, 4, 0x80]);
+        function.set(0xa4, &3_u32.to_le_bytes());
+        function.set(0xe0, &[0x10, 0, 2, 0]);
+        function.set(0xe4, &(1_u32 << 28).to_le_bytes());
+        function
+    }
+
+    /// A function with MSI only, 64 bits wide.
+    #[must_use]
+    pub fn msi_only(device: u8, address: u32) -> Self {
+        let mut function = Self::nic(device, address);
+        function.msix = 0;
+        function.msi = 0xd0;
+        function.set(0x34, &[0xd0]);
+        function.set(0xd0, &[0x05, 0, 0x80, 0]);
+        function
+    }
+
+    fn set(&mut self, offset: usize, bytes: &[u8]) {
+        self.config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// A 16-bit register.
+    #[must_use]
+    pub fn half(&self, offset: u16) -> u16 {
+        let at = usize::from(offset);
+        u16::from_le_bytes([self.config[at], self.config[at + 1]])
+    }
+
+    fn word(&self, offset: u16) -> u32 {
+        u32::from(self.half(offset)) | u32::from(self.half(offset + 2)) << 16
+    }
+
+    /// Whether it may read and write memory by itself.
+    #[must_use]
+    pub fn is_bus_master(&self) -> bool {
+        self.half(4) & 4 != 0
+    }
+
+    /// Whether any of its vectors can send a message as far as configuration space says.
+    #[must_use]
+    pub fn can_interrupt(&self) -> bool {
+        let msix = self.msix != 0 && self.half(self.msix + 2) & 0xc000 == 0x8000;
+        let msi = self.msi != 0 && self.half(self.msi + 2) & 1 != 0;
+        self.is_bus_master() && (msix || msi)
+    }
+
+    fn decodes(&self, address: u64) -> bool {
+        let bars = (0_u16..6).filter(|&n| self.bar_bytes[usize::from(n)] != 0);
+        let within = |n: u16| {
+            let start = u64::from(self.word(0x10 + 4 * n) & !0xf);
+            (start..start + u64::from(self.bar_bytes[usize::from(n)])).contains(&address)
+        };
+        self.half(4) & 2 != 0 && bars.into_iter().any(within)
+    }
+
+    fn write(&mut self, offset: u16, width: u16, value: u32) {
+        if let (0x10..0x28, 4) = (offset, width) {
+            let bytes = self.bar_bytes[usize::from((offset - 0x10) / 4)];
+            let mask = if bytes == 0 { 0 } else { !(bytes - 1) };
+            return self.set(offset.into(), &(value & mask).to_le_bytes());
+        }
+        // Vendor and device id, status, class, capability heads: read only here.
+        if matches!(offset, 0..4 | 6..16) || self.msix != 0 && offset == self.msix {
+            return;
+        }
+        if self.express != 0 && offset == self.express + 8 && value & 0x8000 != 0 {
+            self.resets += 1;
+            self.set(4, &[0; 2]);
+            self.set(0x10, &[0; 24]);
+            for register in [self.msix, self.msi] {
+                if register != 0 {
+                    let kept = self.half(register + 2) & 0x7ff;
+                    self.set((register + 2).into(), &kept.to_le_bytes());
+                }
+            }
+            return;
+        }
+        self.set(offset.into(), &value.to_le_bytes()[..width.into()]);
+    }
+}
+
+/// Everything outside the core: what all processors see.
+pub struct Machine {
+    /// Memory, from physical address 0.
+    pub frames: Vec<[u8; 4096]>,
+    /// System time.
+    pub now_ns: u64,
+    /// Each processor's timer.
+    pub timers: Vec<Option<u64>>,
+    /// Furthest that a timer can count; it expires early then.
+    pub timer_range_ns: u64,
+    /// Processors kicked, in order.
+    pub kicks: Vec<CpuId>,
+    /// Written to the first serial port.
+    pub console: Vec<u8>,
+    /// The second serial port's interrupt is unmasked.
+    pub serial_on: bool,
+    /// PCI functions.
+    pub functions: Vec<FakeFunction>,
+    /// Device registers that were written.
+    pub registers: BTreeMap<u64, u32>,
+    /// Programs of vCPUs, by their frame.
+    pub programs: BTreeMap<Mfn, Program>,
+    /// Interrupts that end waits, for each processor, before [`Exit::Interrupted`].
+    pub interrupts: Vec<VecDeque<Exit>>,
+    /// vCPUs that exist.
+    pub vcpus: usize,
+    /// How many compare-and-swaps from now on find that a peer was faster.
+    pub lost_races: u32,
+    /// Compare-and-swaps so far.
+    pub swaps: u64,
+    /// Shared-info page of each vCPU, for the idle program.
+    shared_of: BTreeMap<Mfn, Mfn>,
+}
+
+/// One processor of a [`Machine`]. Clones are the same one.
+#[derive(Clone)]
+pub struct Fake {
+    cpu: CpuId,
+    machine: Rc<RefCell<Machine>>,
+}
+
+impl Fake {
+    /// A machine with so many frames and processors; this is the first.
+    #[must_use]
+    pub fn new(frames: usize, cpus: usize) -> Self {
+        let machine = Machine {
+            frames: vec![[0; 4096]; frames],
+            now_ns: 1_000,
+            timers: vec![None; cpus],
+            timer_range_ns: u64::MAX,
+            kicks: Vec::new(),
+            console: Vec::new(),
+            serial_on: false,
+            functions: Vec::new(),
+            registers: BTreeMap::new(),
+            programs: BTreeMap::new(),
+            interrupts: vec![VecDeque::new(); cpus],
+            vcpus: 0,
+            lost_races: 0,
+            swaps: 0,
+            shared_of: BTreeMap::new(),
+        };
+        Self { cpu: CpuId(0), machine: Rc::new(RefCell::new(machine)) }
+    }
+
+    /// Another processor of the same machine.
+    #[must_use]
+    pub fn processor(&self, cpu: u8) -> Self {
+        Self { cpu: CpuId(cpu), machine: self.machine.clone() }
+    }
+
+    /// The machine. Not to be held while the core runs.
+    #[must_use]
+    pub fn machine(&self) -> std::cell::RefMut<'_, Machine> {
+        self.machine.borrow_mut()
+    }
+
+    /// What the table of an address space says about an address: frame, offset, writable.
+    #[must_use]
+    pub fn translate(&self, space: Space, gpa: u64) -> Option<(Mfn, usize, bool)> {
+        let mut table = space.root;
+        for level in [3, 2, 1, 0] {
+            let at = (gpa >> (12 + 9 * level) & 511) * 8;
+            let raw = self.load64(table, usize::try_from(at).ok()?);
+            if raw & 1 == 0 {
+                return None;
+            }
+            table = Mfn(raw >> 12 & 0xff_ffff_ffff);
+            if level == 0 {
+                return Some((table, usize::try_from(gpa & 0xfff).ok()?, raw & 2 != 0));
+            }
+        }
+        None
+    }
+
+    /// Lets time pass for a vCPU that computes: until `ns` are over or the timer expires.
+    pub fn spin(&self, ns: u64) -> Exit {
+        let mut machine = self.machine();
+        let cpu = usize::from(self.cpu.0);
+        let end = machine.now_ns.saturating_add(ns);
+        let timer = machine.timers[cpu].unwrap_or(u64::MAX);
+        if timer <= end {
+            machine.timers[cpu] = None;
+        }
+        machine.now_ns = machine.now_ns.max(end.min(timer));
+        Exit::Interrupted
+    }
+
+    fn idle_program(&self, vcpu: &mut FakeVcpu) -> Exit {
+        let shared = self.machine().shared_of.get(&vcpu.frame).copied();
+        if let Some(shared) = shared {
+            let mut machine = self.machine();
+            let page = &mut machine.frames[place(shared)];
+            page[VCPU_UPCALL_PENDING] = 0;
+            page[VCPU_PENDING_SEL..VCPU_PENDING_SEL + 8].fill(0);
+        }
+        issue(&mut vcpu.registers, SCHED_OP, [sched::BLOCK, 0, 0, 0, 0])
+    }
+}
+
+/// What executing the hypercall instruction does to registers.
+pub fn issue(registers: &mut Registers, number: u64, args: [u64; 5]) -> Exit {
+    registers.rax = number;
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8] = args;
+    if registers.rip & 0xfff >= 0x800 {
+        // A loop: programs are endless, pages of code are not.
+        registers.rip &= !0xfff;
+    }
+    registers.rip = registers.rip.wrapping_add(HYPERCALL_BYTES);
+    Exit::Hypercall
+}
+
+fn place(mfn: Mfn) -> usize {
+    usize::try_from(mfn.0).expect("frames of the machine")
+}
+
+fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    assert!(at.is_multiple_of(N), "words are aligned");
+    bytes[at..at + N].try_into().expect("a frame holds it")
+}
+
+impl Platform for Fake {
+    type Vcpu = FakeVcpu;
+
+    fn read(&self, mfn: Mfn, offset: usize, buffer: &mut [u8]) {
+        let machine = self.machine.borrow();
+        buffer.copy_from_slice(&machine.frames[place(mfn)][offset..offset + buffer.len()]);
+    }
+
+    fn write(&mut self, mfn: Mfn, offset: usize, bytes: &[u8]) {
+        self.machine().frames[place(mfn)][offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn copy(&mut self, source: (Mfn, usize), dest: (Mfn, usize), len: usize) {
+        let mut machine = self.machine();
+        let frames = &mut machine.frames;
+        let (from, to) = (place(source.0), place(dest.0));
+        if from == to {
+            assert!(source.1.abs_diff(dest.1) >= len, "ranges do not overlap");
+        }
+        let bytes = frames[from][source.1..source.1 + len].to_vec();
+        frames[to][dest.1..dest.1 + len].copy_from_slice(&bytes);
+    }
+
+    fn zero(&mut self, mfn: Mfn) {
+        self.machine().frames[place(mfn)].fill(0);
+    }
+
+    fn load64(&self, mfn: Mfn, offset: usize) -> u64 {
+        u64::from_le_bytes(array(&self.machine.borrow().frames[place(mfn)], offset))
+    }
+
+    fn store64(&mut self, mfn: Mfn, offset: usize, value: u64) {
+        assert!(offset.is_multiple_of(8), "words are aligned");
+        self.write(mfn, offset, &value.to_le_bytes());
+    }
+
+    fn load32(&self, mfn: Mfn, offset: usize) -> u32 {
+        u32::from_le_bytes(array(&self.machine.borrow().frames[place(mfn)], offset))
+    }
+
+    fn store32(&mut self, mfn: Mfn, offset: usize, value: u32) {
+        assert!(offset.is_multiple_of(4), "words are aligned");
+        self.write(mfn, offset, &value.to_le_bytes());
+    }
+
+    fn compare_exchange32(
+        &mut self,
+        mfn: Mfn,
+        offset: usize,
+        current: u32,
+        new: u32,
+    ) -> Result<(), u32> {
+        let found = self.load32(mfn, offset);
+        let mut machine = self.machine();
+        machine.swaps += 1;
+        if machine.lost_races > 0 {
+            machine.lost_races -= 1;
+            return Err(found ^ 0x80);
+        }
+        drop(machine);
+        if found != current {
+            return Err(found);
+        }
+        self.store32(mfn, offset, new);
+        Ok(())
+    }
+
+    fn and32(&mut self, mfn: Mfn, offset: usize, mask: u32) {
+        let found = self.load32(mfn, offset);
+        self.store32(mfn, offset, found & mask);
+    }
+
+    fn or64(&mut self, mfn: Mfn, offset: usize, bits: u64) -> u64 {
+        let found = self.load64(mfn, offset);
+        self.store64(mfn, offset, found | bits);
+        found
+    }
+
+    fn and64(&mut self, mfn: Mfn, offset: usize, mask: u64) -> u64 {
+        let found = self.load64(mfn, offset);
+        self.store64(mfn, offset, found & mask);
+        found
+    }
+
+    fn store8(&mut self, mfn: Mfn, offset: usize, value: u8) {
+        self.machine().frames[place(mfn)][offset] = value;
+    }
+
+    fn load8(&self, mfn: Mfn, offset: usize) -> u8 {
+        self.machine.borrow().frames[place(mfn)][offset]
+    }
+
+    fn new_vcpu(&mut self, frame: Mfn) -> FakeVcpu {
+        self.machine().vcpus += 1;
+        FakeVcpu { registers: Registers::default(), frame }
+    }
+
+    fn drop_vcpu(&mut self, vcpu: FakeVcpu) {
+        let mut machine = self.machine();
+        machine.vcpus -= 1;
+        machine.programs.remove(&vcpu.frame);
+        machine.shared_of.remove(&vcpu.frame);
+    }
+
+    fn registers(vcpu: &FakeVcpu) -> &Registers {
+        &vcpu.registers
+    }
+
+    fn registers_mut(vcpu: &mut FakeVcpu) -> &mut Registers {
+        &mut vcpu.registers
+    }
+
+    fn run(&mut self, vcpu: &mut FakeVcpu, space: Space, _ports: bool) -> Exit {
+        if self.translate(space, vcpu.registers.rip).is_none() {
+            let address = vcpu.registers.rip;
+            return Exit::Fault { vector: 14, error: 0x14, address };
+        }
+        let program = self.machine().programs.remove(&vcpu.frame);
+        let Some(mut program) = program else { return self.idle_program(vcpu) };
+        let exit = program(self, &mut vcpu.registers, space);
+        self.machine().programs.entry(vcpu.frame).or_insert(program);
+        exit
+    }
+
+    fn wait(&mut self) -> Exit {
+        let cpu = usize::from(self.cpu.0);
+        self.machine().interrupts[cpu].pop_front().unwrap_or(Exit::Interrupted)
+    }
+
+    fn share_core(&mut self, root: Mfn) {
+        // What the core has there is not a domain's business: a mark is enough.
+        self.write(root, 2048, &[0xc0; 2048]);
+    }
+
+    fn cpu(&self) -> CpuId {
+        self.cpu
+    }
+
+    fn kick(&mut self, cpu: CpuId) {
+        self.machine().kicks.push(cpu);
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.machine.borrow().now_ns
+    }
+
+    fn set_timer(&mut self, deadline_ns: Option<u64>) {
+        let cpu = usize::from(self.cpu.0);
+        let mut machine = self.machine();
+        let furthest = machine.now_ns.saturating_add(machine.timer_range_ns);
+        machine.timers[cpu] = deadline_ns.map(|deadline| deadline.min(furthest));
+    }
+
+    fn clock(&self) -> Clock {
+        Clock { tsc_at_zero: 1, mul: 1 << 31, shift: 1, tsc_khz: 1_000_000, unix_at_zero_s: 0 }
+    }
+
+    fn config_read(&self, bdf: Bdf, offset: u16, width: u16) -> u32 {
+        let machine = self.machine.borrow();
+        let function = machine.functions.iter().find(|function| function.bdf == bdf);
+        let mut bytes = [0; 4];
+        let Some(function) = function else { return u32::MAX >> (32 - 8 * u32::from(width)) };
+        let at = usize::from(offset);
+        bytes[..width.into()].copy_from_slice(&function.config[at..at + usize::from(width)]);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn config_write(&mut self, bdf: Bdf, offset: u16, width: u16, value: u32) {
+        let mut machine = self.machine();
+        if let Some(function) = machine.functions.iter_mut().find(|f| f.bdf == bdf) {
+            function.write(offset, width, value);
+        }
+    }
+
+    fn mmio_read32(&self, address: u64) -> u32 {
+        let machine = self.machine.borrow();
+        if !machine.functions.iter().any(|function| function.decodes(address)) {
+            return u32::MAX;
+        }
+        machine.registers.get(&address).copied().unwrap_or(0)
+    }
+
+    fn mmio_write32(&mut self, address: u64, value: u32) {
+        let mut machine = self.machine();
+        if machine.functions.iter().any(|function| function.decodes(address)) {
+            machine.registers.insert(address, value);
+        }
+    }
+
+    fn msi_message(&self, cpu: CpuId, vector: u8) -> MsiMessage {
+        assert!(DEVICE_VECTORS.contains(&vector), "vectors of devices");
+        MsiMessage { address: 0xfee0_0000 | u64::from(cpu.0) << 12, data: vector.into() }
+    }
+
+    fn delay_us(&mut self, us: u32) {
+        self.machine().now_ns += u64::from(us) * 1_000;
+    }
+
+    fn console_write(&mut self, bytes: &[u8]) {
+        self.machine().console.extend_from_slice(bytes);
+    }
+
+    fn serial_interrupt(&mut self, on: bool) {
+        self.machine().serial_on = on;
+    }
+}
+
+/// A flat image with one executable page at [`IMAGE_GPA`].
+#[must_use]
+pub fn image() -> Vec<u8> {
+    let mut bytes = vec![0; 8192];
+    let header = ImageHeader { magic: IMAGE_MAGIC, entry: IMAGE_GPA, segments: 1, reserved: 0 };
+    let segment = Segment {
+        gfn: IMAGE_GPA >> 12,
+        pages: 1,
+        access: ACCESS_READ | ACCESS_EXECUTE,
+        file_offset: 4096,
+        file_bytes: 4096,
+    };
+    bytes[..24].copy_from_slice(header.as_bytes());
+    bytes[24..56].copy_from_slice(segment.as_bytes());
+    bytes[4096..].fill(0x90);
+    bytes
+}
+
+/// A bundle with one image, the control domain's.
+#[must_use]
+pub fn bundle(image: &[u8], control_pages: u32) -> Vec<u8> {
+    let mut bytes = vec![0; 4096];
+    let whole = 4096 + image.len() as u64;
+    let header = BundleHeader {
+        magic: BUNDLE_MAGIC,
+        bundle_bytes: whole,
+        description_offset: 0,
+        description_bytes: 0,
+        images: 1,
+        control_pages,
+        crc32: 0,
+    };
+    let entry = BundleImage { offset: 4096, bytes: image.len() as u64, name: [0; 32] };
+    bytes[..40].copy_from_slice(header.as_bytes());
+    bytes[40..88].copy_from_slice(entry.as_bytes());
+    bytes.extend_from_slice(image);
+    bytes
+}
+
+/// Bytes that live as long as the program, and where a leak checker finds them.
+#[must_use]
+pub fn leak(bytes: &[u8]) -> &'static [u8] {
+    static KEPT: Mutex<Vec<AtomicPtr<u64>>> = Mutex::new(Vec::new());
+    // Words, so that structures in it are aligned as in a module that is loaded at a page.
+    let words = vec![0_u64; bytes.len().div_ceil(8)].leak();
+    words.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
+    let pointer = AtomicPtr::new(words.as_mut_ptr());
+    KEPT.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(pointer);
+    &words.as_bytes()[..bytes.len()]
+}
+
+fn leak_frames(count: usize) -> &'static mut [FrameInfo] {
+    static KEPT: Mutex<Vec<AtomicPtr<FrameInfo>>> = Mutex::new(Vec::new());
+    let mut frames = Vec::new();
+    frames.resize_with(count, FrameInfo::default);
+    let frames = frames.leak();
+    let pointer = AtomicPtr::new(frames.as_mut_ptr());
+    KEPT.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(pointer);
+    frames
+}
+
+/// What a [`System`] is made of.
+pub struct Config {
+    /// Frames of memory.
+    pub frames: usize,
+    /// Processors.
+    pub cpus: usize,
+    /// PCI functions.
+    pub functions: Vec<FakeFunction>,
+    /// Pages of the control domain.
+    pub control_pages: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { frames: 512, cpus: 1, functions: Vec::new(), control_pages: 110 }
+    }
+}
+
+/// A booted system: a machine, the core, and one loop per processor.
+pub struct System {
+    /// The first processor.
+    pub p: Fake,
+    /// The core.
+    pub core: Box<spin::Mutex<Core<Fake>>>,
+    loops: Vec<(Fake, CpuLoop<Fake>)>,
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl System {
+    /// With one processor and no devices.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    /// # Panics
+    /// The control domain does not start.
+    #[must_use]
+    pub fn with(config: Config) -> Self {
+        let bundle = bundle(&image(), config.control_pages);
+        let (system, started) = Self::boot(config, &bundle);
+        started.expect("a good bundle starts");
+        system
+    }
+
+    /// Boots any bundle.
+    pub fn boot(config: Config, bundle: &[u8]) -> (Self, Result<(), StartError>) {
+        let mut p = Fake::new(config.frames, config.cpus);
+        p.machine().functions = config.functions;
+        for (frame, page) in (1..).zip(bundle.chunks(4096)) {
+            p.write(Mfn(frame), 0, page);
+        }
+        let end = u64::try_from(config.frames).expect("frames") * 4096;
+        let mut core = Core::empty();
+        core.init(
+            &mut p,
+            Boot {
+                frames: leak_frames(config.frames),
+                usable: core::slice::from_ref(&(0..end)),
+                bundle: leak(bundle),
+                bundle_address: BUNDLE_ADDRESS,
+                cpus: config.cpus,
+                core_pages: 0,
+                ecam: &[EcamRange { segment: 0, first_bus: 0, last_bus: 0 }],
+            },
+        );
+        let started = core.start_control(&mut p);
+        let loops = (0..config.cpus)
+            .map(|cpu| (p.processor(u8::try_from(cpu).expect("few")), CpuLoop::new()))
+            .collect();
+        let mut system = Self { p, core: Box::new(spin::Mutex::new(core)), loops };
+        if started.is_ok() {
+            system.prepare(D0);
+        }
+        (system, started)
+    }
+
+    // Running.
+
+    /// One step of a processor.
+    pub fn step(&mut self, cpu: usize) {
+        self.note_shared_pages();
+        let (p, cpu) = &mut self.loops[cpu];
+        cpu.step(p, &self.core);
+    }
+
+    fn note_shared_pages(&mut self) {
+        let core = self.core.lock();
+        let mut machine = self.p.machine();
+        for domain in core.domains.iter().flatten() {
+            machine.shared_of.insert(domain.vcpu.frame, domain.shared);
+        }
+    }
+
+    /// Steps of a processor until it waits for an interrupt, or so many.
+    pub fn run(&mut self, cpu: usize, steps: usize) {
+        for _ in 0..steps {
+            self.step(cpu);
+        }
+    }
+
+    /// Makes a domain do something whenever it runs.
+    ///
+    /// # Panics
+    /// There is no such domain.
+    pub fn program(
+        &mut self,
+        id: DomainId,
+        program: impl FnMut(&mut Fake, &mut Registers, Space) -> Exit + 'static,
+    ) {
+        let frame = self.core.lock().domain(id).expect("it exists").vcpu.frame;
+        self.p.machine().programs.insert(frame, Box::new(program));
+    }
+
+    /// Makes a domain compute without end.
+    pub fn spin(&mut self, id: DomainId) {
+        self.program(id, |p, _, _| p.spin(u64::MAX / 2));
+    }
+
+    /// Moves the clock.
+    pub fn advance(&mut self, ns: u64) {
+        self.p.machine().now_ns += ns;
+    }
+
+    /// Makes a domain do one thing on the first processor, and runs that until it has.
+    ///
+    /// # Panics
+    /// It cannot run, or takes more than a bounded number of steps.
+    pub fn act(&mut self, id: DomainId, mut action: impl FnMut(&mut Registers) -> Exit + 'static) {
+        let frame = {
+            let mut core = self.core.lock();
+            let domain = core.domain(id).expect("it exists");
+            assert!(domain.stage == crate::domain::Stage::Live, "only live domains act");
+            let frame = domain.vcpu.frame;
+            if domain.vcpu.wait != Wait::Nothing {
+                core.wake(&mut self.p, id);
+            }
+            frame
+        };
+        let done = Rc::new(RefCell::new(false));
+        let told = done.clone();
+        let old = self.p.machine().programs.insert(
+            frame,
+            Box::new(move |_, registers, _| {
+                *told.borrow_mut() = true;
+                action(registers)
+            }),
+        );
+        let mut steps = 0;
+        while !*done.borrow() {
+            steps += 1;
+            assert!(steps < STEPS_MAX, "{id} never ran");
+            self.step(0);
+        }
+        // A domain that was destroyed meanwhile has taken its program with it.
+        let mut machine = self.p.machine();
+        machine.programs.remove(&frame);
+        if let Some(old) = old {
+            machine.programs.insert(frame, old);
+        }
+    }
+
+    /// Issues a hypercall as a domain; answers its result, `-errno` for an error.
+    ///
+    /// # Panics
+    /// As [`Self::act`], or it is continued too often.
+    pub fn call(&mut self, id: DomainId, number: u64, args: [u64; 5]) -> i64 {
+        for _ in 0..STEPS_MAX {
+            self.act(id, move |registers| issue(registers, number, args));
+            let progress = self.core.lock().domain(id).map_or(0, |domain| domain.vcpu.progress);
+            if progress == 0 || !self.is_live(id) {
+                return self.registers(id).map_or(0, |registers| registers.rax.cast_signed());
+            }
+        }
+        panic!("hypercall {number} {args:?} of {id} is continued without end");
+    }
+
+    /// Registers of a domain, wherever they are.
+    #[must_use]
+    pub fn registers(&self, id: DomainId) -> Option<Registers> {
+        let state = self.core.lock().domain(id)?.vcpu.state.as_ref().map(|vcpu| vcpu.registers);
+        state.or_else(|| self.loops.iter().find_map(|(_, cpu)| cpu.running_registers(id)).copied())
+    }
+
+    /// Issues a hypercall with an argument structure, which is at [`SCRATCH`]; answers the result
+    /// and the structure afterwards.
+    pub fn call_with<T: FromBytes + IntoBytes + Immutable>(
+        &mut self,
+        id: DomainId,
+        number: u64,
+        command: u64,
+        argument: T,
+    ) -> (i64, T) {
+        self.write(id, SCRATCH, argument.as_bytes());
+        let result = self.call(id, number, [command, SCRATCH, 1, 0, 0]);
+        (result, self.get(id, SCRATCH))
+    }
+
+    /// As [`Self::call_with`], again and again while the answer is `EAGAIN`. Meanwhile the other
+    /// processors make steps, as they would.
+    ///
+    /// # Panics
+    /// It never ends.
+    pub fn call_until<T: FromBytes + IntoBytes + Immutable>(
+        &mut self,
+        id: DomainId,
+        number: u64,
+        command: u64,
+        mut argument: T,
+    ) -> (i64, T) {
+        for _ in 0..STEPS_MAX {
+            let (result, after) = self.call_with(id, number, command, argument);
+            if result != Errno::EAGAIN.to_result() {
+                return (result, after);
+            }
+            argument = after;
+            for cpu in 1..self.loops.len() {
+                self.step(cpu);
+            }
+        }
+        panic!("EAGAIN without end");
+    }
+
+    // Memory of domains, as the tests see it.
+
+    /// The page of a domain at a guest frame.
+    #[must_use]
+    pub fn page(&self, id: DomainId, gfn: Gfn) -> Option<Page> {
+        self.core.lock().domain(id)?.p2m.page(&self.p, gfn)
+    }
+
+    /// Writes memory of a domain, as its own instructions would but whatever its access is.
+    ///
+    /// # Panics
+    /// Nothing is there.
+    pub fn write(&mut self, id: DomainId, gpa: u64, bytes: &[u8]) {
+        for (gpa, byte) in (gpa..).zip(bytes) {
+            let page = self.page(id, Gfn::containing(gpa)).expect("a page is there");
+            assert!(page.kind != Kind::Device, "memory");
+            self.p.store8(page.mfn, usize::try_from(gpa & 0xfff).expect("small"), *byte);
+        }
+    }
+
+    /// Reads memory of a domain.
+    ///
+    /// # Panics
+    /// Nothing is there.
+    pub fn read(&self, id: DomainId, gpa: u64, buffer: &mut [u8]) {
+        for (gpa, byte) in (gpa..).zip(buffer) {
+            let page = self.page(id, Gfn::containing(gpa)).expect("a page is there");
+            *byte = self.p.load8(page.mfn, usize::try_from(gpa & 0xfff).expect("small"));
+        }
+    }
+
+    /// Reads a structure in memory of a domain.
+    #[must_use]
+    pub fn get<T: FromBytes + IntoBytes>(&self, id: DomainId, gpa: u64) -> T {
+        let mut value = T::new_zeroed();
+        self.read(id, gpa, value.as_mut_bytes());
+        value
+    }
+
+    // The control interface.
+
+    /// Issues a control operation as the control domain.
+    pub fn control<T: FromBytes + IntoBytes + Immutable>(
+        &mut self,
+        command: u64,
+        argument: T,
+    ) -> (i64, T) {
+        self.call_until(D0, CONTROL_OP, command, argument)
+    }
+
+    /// Issues an operation that needs nothing but a domain.
+    pub fn control_domain(&mut self, command: u64, domid: DomainId) -> i64 {
+        self.control(command, DomainOp { domid }).0
+    }
+
+    /// What [`Self::create`] is told for an ordinary guest.
+    #[must_use]
+    pub fn plan(name: &str) -> Create {
+        let mut plan = Create::new_zeroed();
+        plan.name[..name.len()].copy_from_slice(name.as_bytes());
+        plan.domid = control::ANY_DOMAIN;
+        plan.kind = KIND_UNIKERNEL;
+        plan.class = CLASS_GUEST;
+        plan.max_pages = 40;
+        plan
+    }
+
+    /// Creates, populates and starts a domain: one page of code, [`HEAP_PAGES`] of heap.
+    ///
+    /// # Panics
+    /// Something is refused.
+    pub fn create(&mut self, plan: Create) -> DomainId {
+        let (result, plan) = self.control(control::CREATE, plan);
+        assert_eq!(result, 0, "CREATE");
+        let id = plan.domid;
+        let code = ACCESS_READ | ACCESS_EXECUTE;
+        let data = ACCESS_READ | ACCESS_WRITE;
+        self.populate(id, Gfn::containing(IMAGE_GPA), 1, code, 0);
+        self.populate(id, Gfn::containing(HEAP_GPA), HEAP_PAGES, data, 0);
+        self.start(id);
+        id
+    }
+
+    /// An ordinary guest.
+    pub fn guest(&mut self, name: &str) -> DomainId {
+        self.create(Self::plan(name))
+    }
+
+    /// # Panics
+    /// It is refused.
+    pub fn populate(&mut self, domid: DomainId, gfn: Gfn, count: u32, access: u32, flags: u32) {
+        let op = Populate { domid, pad: 0, access, flags, count, gfn: gfn.0, done: 0 };
+        let (result, op) = self.control(control::POPULATE, op);
+        assert_eq!((result, op.done), (0, count.into()), "POPULATE");
+    }
+
+    /// Sets the first instruction of a domain that is built, starts it, and maps its shared pages.
+    ///
+    /// # Panics
+    /// It is refused.
+    pub fn start(&mut self, domid: DomainId) {
+        let op = SetStart { domid, pad: [0; 3], entry: IMAGE_GPA, stack: 0, argument: 0 };
+        assert_eq!(self.control(control::SET_START, op).0, 0, "SET_START");
+        assert_eq!(self.control_domain(control::UNPAUSE, domid), 0, "UNPAUSE");
+        self.prepare(domid);
+    }
+
+    fn prepare(&mut self, id: DomainId) {
+        let shared = Gfn::containing(SHARED_INFO_GPA);
+        assert_eq!(self.add_to_physmap(id, SPACE_SHARED_INFO, 0, shared), 0);
+        let table = Gfn::containing(GRANT_TABLE_GPA);
+        assert_eq!(self.add_to_physmap(id, SPACE_GRANT_TABLE, 0, table), 0);
+    }
+
+    /// `XENMEM_add_to_physmap`.
+    pub fn add_to_physmap(&mut self, id: DomainId, space: u32, idx: u64, gfn: Gfn) -> i64 {
+        let op = AddToPhysmap { domid: DomainId::SELF, size: 0, space, idx, gpfn: gfn.0 };
+        self.call_with(id, MEMORY_OP, ADD_TO_PHYSMAP, op).0
+    }
+
+    /// Restarts a domain and starts its next incarnation.
+    pub fn restart(&mut self, id: DomainId) {
+        assert_eq!(self.control_domain(control::RESTART, id), 0, "RESTART");
+        self.start(id);
+    }
+
+    /// Destroys a domain.
+    pub fn destroy(&mut self, id: DomainId) {
+        assert_eq!(self.control_domain(control::DESTROY, id), 0, "DESTROY");
+    }
+
+    /// What the core says about a domain, or about the next one.
+    pub fn info(&mut self, domid: DomainId) -> DomainInfo {
+        let mut op = DomainInfo::new_zeroed();
+        op.domid = domid;
+        let (result, op) = self.control(control::GET_INFO, op);
+        assert_eq!(result, 0, "GET_INFO");
+        op
+    }
+
+    /// Why a domain died last.
+    pub fn death(&mut self, domid: DomainId) -> control::DeathRecord {
+        let mut op = GetDeath::new_zeroed();
+        op.domid = domid;
+        let (result, op) = self.control(control::GET_DEATH, op);
+        assert_eq!(result, 0, "GET_DEATH");
+        op.record
+    }
+
+    /// Whether a domain lives.
+    #[must_use]
+    pub fn is_live(&self, id: DomainId) -> bool {
+        let core = self.core.lock();
+        core.domain(id).is_some_and(|domain| domain.stage == crate::domain::Stage::Live)
+    }
+
+    // Events.
+
+    /// `EVTCHNOP_alloc_unbound` for itself.
+    ///
+    /// # Errors
+    /// What the core answers.
+    pub fn alloc_unbound(&mut self, id: DomainId, remote: DomainId) -> Result<EventPort, i64> {
+        let op =
+            AllocUnbound { dom: DomainId::SELF, remote_dom: remote, port: EventPort(u32::MAX) };
+        let (result, op) = self.call_with(id, EVENT_CHANNEL_OP, event::ALLOC_UNBOUND, op);
+        if result == 0 { Ok(op.port) } else { Err(result) }
+    }
+
+    /// `EVTCHNOP_bind_interdomain`.
+    ///
+    /// # Errors
+    /// What the core answers.
+    pub fn bind(
+        &mut self,
+        id: DomainId,
+        remote_dom: DomainId,
+        remote_port: EventPort,
+    ) -> Result<EventPort, i64> {
+        let op = BindInterdomain { remote_dom, pad: 0, remote_port, local_port: EventPort(0) };
+        let (result, op) = self.call_with(id, EVENT_CHANNEL_OP, event::BIND_INTERDOMAIN, op);
+        if result == 0 { Ok(op.local_port) } else { Err(result) }
+    }
+
+    /// `EVTCHNOP_bind_virq`.
+    ///
+    /// # Errors
+    /// What the core answers.
+    pub fn bind_virq(&mut self, id: DomainId, virq: u32) -> Result<EventPort, i64> {
+        let op = BindVirq { virq, vcpu: 0, port: EventPort(0) };
+        let (result, op) = self.call_with(id, EVENT_CHANNEL_OP, event::BIND_VIRQ, op);
+        if result == 0 { Ok(op.port) } else { Err(result) }
+    }
+
+    /// `EVTCHNOP_send`.
+    pub fn send(&mut self, id: DomainId, port: EventPort) -> i64 {
+        self.call_with(id, EVENT_CHANNEL_OP, event::SEND, PortOp { port }).0
+    }
+
+    /// `EVTCHNOP_close`.
+    pub fn close(&mut self, id: DomainId, port: EventPort) -> i64 {
+        self.call_with(id, EVENT_CHANNEL_OP, event::CLOSE, PortOp { port }).0
+    }
+
+    /// Whether a port of a domain is pending.
+    ///
+    /// # Panics
+    /// There is no such domain.
+    #[must_use]
+    pub fn is_pending(&self, id: DomainId, port: EventPort) -> bool {
+        let shared = self.core.lock().domain(id).expect("it exists").shared;
+        let at = EVTCHN_PENDING + port.0 as usize / 8;
+        self.p.load8(shared, at) & 1 << (port.0 % 8) != 0
+    }
+
+    /// Clears the pending bit of a port, as its owner does.
+    ///
+    /// # Panics
+    /// There is no such domain.
+    pub fn clear_pending(&mut self, id: DomainId, port: EventPort) {
+        let shared = self.core.lock().domain(id).expect("it exists").shared;
+        let at = EVTCHN_PENDING + port.0 as usize / 64 * 8;
+        self.p.and64(shared, at, !(1 << (port.0 % 64)));
+    }
+
+    // Grants.
+
+    /// Where a domain's own grant entry is.
+    #[must_use]
+    pub fn entry_gpa(gref: GrantRef) -> u64 {
+        GRANT_TABLE_GPA + 8 * u64::from(gref.0)
+    }
+
+    /// Grants a page, as a domain does by itself.
+    pub fn grant(&mut self, id: DomainId, gref: GrantRef, to: DomainId, gfn: Gfn, read_only: bool) {
+        let flags = GTF_PERMIT_ACCESS | if read_only { GTF_READONLY } else { 0 };
+        let frame = u32::try_from(gfn.0).expect("32 bits");
+        let entry = GrantEntryV1 { flags, domid: to, frame };
+        self.write(id, Self::entry_gpa(gref), entry.as_bytes());
+    }
+
+    /// A domain's grant entry.
+    #[must_use]
+    pub fn entry(&self, id: DomainId, gref: GrantRef) -> GrantEntryV1 {
+        self.get(id, Self::entry_gpa(gref))
+    }
+
+    /// Takes a grant back as a domain does: answers whether nobody used it.
+    pub fn revoke(&mut self, id: DomainId, gref: GrantRef) -> bool {
+        let entry = self.entry(id, gref);
+        let is_free = entry.flags & (GTF_READING | GTF_WRITING) == 0;
+        if is_free {
+            self.write(id, Self::entry_gpa(gref), &[0; 2]);
+        }
+        is_free
+    }
+
+    /// `GNTTABOP_map_grant_ref`; answers the handle.
+    ///
+    /// # Errors
+    /// The status.
+    pub fn map(
+        &mut self,
+        id: DomainId,
+        dom: DomainId,
+        gref: GrantRef,
+        at: Gfn,
+        read_only: bool,
+    ) -> Result<u32, GrantStatus> {
+        let flags = GNTMAP_HOST_MAP | if read_only { GNTMAP_READONLY } else { 0 };
+        let mut op = MapGrantRef::new_zeroed();
+        (op.flags, op.gref, op.dom, op.host_addr) = (flags, gref, dom, at.address());
+        let (result, op) = self.call_with(id, GRANT_TABLE_OP, grant::MAP_GRANT_REF, op);
+        assert_eq!(result, 0, "the status says it all");
+        if op.status == GrantStatus::OKAY { Ok(op.handle) } else { Err(op.status) }
+    }
+
+    /// `GNTTABOP_unmap_grant_ref`.
+    pub fn unmap(&mut self, id: DomainId, handle: u32, at: Gfn) -> GrantStatus {
+        let mut op = UnmapGrantRef::new_zeroed();
+        (op.handle, op.host_addr) = (handle, at.address());
+        let (result, op) = self.call_with(id, GRANT_TABLE_OP, grant::UNMAP_GRANT_REF, op);
+        assert_eq!(result, 0, "the status says it all");
+        op.status
+    }
+
+    /// `GNTTABOP_copy`.
+    pub fn copy(
+        &mut self,
+        id: DomainId,
+        source: CopySide,
+        dest: CopySide,
+        len: u16,
+    ) -> GrantStatus {
+        let flags = if source.is_grant() { GNTCOPY_SOURCE_GREF } else { 0 }
+            | if dest.is_grant() { GNTCOPY_DEST_GREF } else { 0 };
+        let op = GrantCopy {
+            source: source.pointer(),
+            dest: dest.pointer(),
+            len,
+            flags,
+            status: GrantStatus(1),
+            pad: 0,
+        };
+        let (result, op) = self.call_with(id, GRANT_TABLE_OP, grant::COPY, op);
+        assert_eq!(result, 0, "the status says it all");
+        op.status
+    }
+
+    // Invariants.
+
+    /// Checks what must be true between any two steps.
+    ///
+    /// # Panics
+    /// It is not.
+    pub fn check(&self) {
+        crate::invariants::check(&self.p, &self.core.lock());
+    }
+}
+
+/// One side of a copy.
+#[derive(Clone, Copy, Debug)]
+pub enum CopySide {
+    /// A page of the caller, and an offset.
+    Own(Gfn, u16),
+    /// A grant of a domain, and an offset.
+    Grant(DomainId, GrantRef, u16),
+}
+
+impl CopySide {
+    const fn is_grant(self) -> bool {
+        matches!(self, Self::Grant(..))
+    }
+
+    const fn pointer(self) -> CopyPtr {
+        match self {
+            Self::Own(gfn, offset) => {
+                CopyPtr { frame: gfn.0, domid: DomainId::SELF, offset, pad: 0 }
+            }
+            Self::Grant(domid, gref, offset) => {
+                CopyPtr { frame: gref.0 as u64, domid, offset, pad: 0 }
+            }
+        }
+    }
+}

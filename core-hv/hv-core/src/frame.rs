@@ -38,6 +38,7 @@ const USED: u8 = 2;
 const ORPHAN: u8 = 3;
 
 /// What the core knows of one frame. 16 bytes; all zero means: never given out.
+#[derive(Default)]
 #[repr(C)]
 pub struct FrameInfo {
     pins: u32,

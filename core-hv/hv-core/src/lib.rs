@@ -34,6 +34,8 @@ pub mod fault;
 pub mod frame;
 mod grant;
 mod hypercall;
+#[cfg(any(test, feature = "fake"))]
+mod invariants;
 pub mod p2m;
 pub mod pci;
 pub mod platform;

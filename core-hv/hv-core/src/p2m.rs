@@ -15,7 +15,7 @@
 //! | 53     | a grant that the domain's devices may reach                         |
 //! | 63     | not executable                                                      |
 //!
-//! Every change of a leaf goes through [`P2m::write_leaf`]: that is the one place where an IOMMU
+//! Every change of a leaf goes through `P2m::write_leaf`: that is the one place where an IOMMU
 //! will follow. Whatever narrows a translation takes a new generation there, so that no
 //! processor uses what it cached (ADR 4). Tables are charged to the domain, and stay until it is
 //! destroyed.
@@ -34,8 +34,9 @@ const DMA: u64 = 1 << 53;
 const NO_EXECUTE: u64 = 1 << 63;
 const FRAME_MASK: u64 = 0x000f_ffff_ffff_f000;
 
-/// First guest frame that no domain has: the lower half of the address space ends there.
-pub const GFN_LIMIT: u64 = 1 << 35;
+/// First guest frame that no domain has: the last one of the lower half. A hypercall instruction
+/// at its end would return to an address that is not canonical (Xen's XSA-7).
+pub const GFN_LIMIT: u64 = (1 << 35) - 1;
 
 /// What backs a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -141,6 +141,12 @@ impl Function {
         self.msi.is_some().into()
     }
 
+    /// Whether the page at a physical address holds registers of the function.
+    #[must_use]
+    pub fn has_registers_at(&self, address: u64) -> bool {
+        self.bars.iter().any(|bar| bar.bytes != 0 && bar.pages().contains(&address))
+    }
+
     /// Whether the page at a physical address holds part of the MSI-X table.
     #[must_use]
     pub fn is_table_page(&self, address: u64) -> bool {
@@ -370,6 +376,8 @@ impl Pci {
         let Some(function) = self.find(route.bdf) else { return };
         match (function.msix, function.msi) {
             (Some(msix), _) => {
+                // Its owner may have turned decoding off to keep the vector alive.
+                command(p, route.bdf, 0, COMMAND_MEMORY);
                 p.mmio_write32(msix.table + u64::from(route.entry) * 16 + 12, ENTRY_MASKED);
             }
             (None, Some(msi)) => change(p, route.bdf, msi.capability + 2, MSI_ENABLE, 0),

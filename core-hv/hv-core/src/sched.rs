@@ -120,7 +120,7 @@ impl Sched {
         Some(CpuId(u8::try_from(holder).unwrap_or(0)))
     }
 
-    fn set_deadline(&mut self, id: DomainId, deadline: u64) {
+    pub(crate) fn set_deadline(&mut self, id: DomainId, deadline: u64) {
         let slot = &mut self.deadlines[usize::from(id.0)];
         let old = core::mem::replace(slot, deadline);
         if deadline <= self.next {
@@ -212,23 +212,38 @@ impl<P: Platform> Core<P> {
         let spent = now.saturating_sub(cpu.since);
         cpu.since = now;
         let Some(id) = cpu.running else { return };
-        let vcpu = &mut self.me_mut(id).vcpu;
-        vcpu.cpu_ns += spent;
-        if vcpu.budget == 0 {
+        let domain = self.me_mut(id);
+        domain.vcpu.cpu_ns += spent;
+        // What died has no budget any more, and no deadline.
+        if domain.vcpu.budget == 0 || domain.stage != Stage::Live {
             return;
         }
-        if now >= vcpu.period_start + vcpu.period {
-            vcpu.period_start = now;
-            vcpu.used = 0;
-        } else {
-            vcpu.used += spent;
+        if self.renew_budget(p, id, now) {
+            return;
         }
+        let vcpu = &mut self.me_mut(id).vcpu;
+        vcpu.used += spent;
         if vcpu.used >= vcpu.budget && !vcpu.exhausted {
             vcpu.exhausted = true;
             vcpu.overruns += 1;
             self.update_deadline(p, id);
             self.sched.cpu(p.cpu()).reschedule = true;
         }
+    }
+
+    /// Begins another period for a vCPU that is in no queue, if the last one is over. Answers
+    /// whether it was.
+    fn renew_budget(&mut self, p: &mut P, id: DomainId, now: u64) -> bool {
+        let vcpu = &mut self.me_mut(id).vcpu;
+        if now < vcpu.period_start + vcpu.period {
+            return false;
+        }
+        vcpu.period_start = now;
+        vcpu.used = 0;
+        if core::mem::take(&mut vcpu.exhausted) {
+            self.update_deadline(p, id);
+        }
+        true
     }
 
     /// Decides whether this processor goes on with what it runs. To be called after each exit has
@@ -261,9 +276,6 @@ impl<P: Platform> Core<P> {
         self.account(p, now);
         let cpu = self.sched.cpu(p.cpu());
         cpu.idle = false;
-        if now >= cpu.timer {
-            cpu.timer = NEVER;
-        }
         if now >= cpu.slice_end {
             cpu.reschedule = true;
         }
@@ -367,11 +379,8 @@ impl<P: Platform> Core<P> {
 
     fn start_slice(&mut self, p: &mut P, id: DomainId) {
         let now = p.now_ns();
-        let vcpu = &mut self.me_mut(id).vcpu;
-        if now >= vcpu.period_start + vcpu.period {
-            vcpu.period_start = now;
-            vcpu.used = 0;
-        }
+        self.renew_budget(p, id, now);
+        let vcpu = &self.me(id).vcpu;
         let left = match vcpu.budget {
             budget if budget == 0 || vcpu.exhausted => SLICE_NS,
             budget => budget.saturating_sub(vcpu.used).min(SLICE_NS),
@@ -417,6 +426,12 @@ impl<P: Platform> Core<P> {
             cpu.timer = wanted;
             p.set_timer(Some(wanted));
         }
+    }
+
+    /// Notes that this processor's timer may have expired. It may do so before its time: the
+    /// counter of a local APIC holds some seconds only.
+    pub(crate) fn timer_is_spent(&mut self, p: &mut P) {
+        self.sched.cpu(p.cpu()).timer = NEVER;
     }
 
     /// `sched_op`.
