@@ -23,11 +23,15 @@ const CHUNKS: usize = 16;
 pub(crate) struct Log {
     bytes: [u8; LOG_BYTES],
     written: u64,
+    /// Where the part begins that is not on the machine's console yet.
+    shown: u64,
+    /// Who has begun a line there, and not ended it.
+    writer: Option<DomainId>,
 }
 
 impl Log {
     pub(crate) const fn new() -> Self {
-        Self { bytes: [0; LOG_BYTES], written: 0 }
+        Self { bytes: [0; LOG_BYTES], written: 0, shown: 0, writer: None }
     }
 
     fn push(&mut self, bytes: &[u8]) {
@@ -42,13 +46,32 @@ fn ring_index(position: u64, bytes: usize) -> usize {
     usize::try_from(position % bytes as u64).unwrap_or(0)
 }
 
-struct Sink<'a, P: Platform>(&'a mut Log, &'a mut P);
-
-impl<P: Platform> Write for Sink<'_, P> {
+impl Write for Log {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        self.0.push(text.as_bytes());
-        self.1.console_write(text.as_bytes());
+        self.push(text.as_bytes());
         Ok(())
+    }
+}
+
+impl Log {
+    /// Writes what is new to the machine's console, each line as `core| text`.
+    fn show<P: Platform>(&mut self, p: &mut P) {
+        let mut at = self.shown.max(self.written.saturating_sub(LOG_BYTES as u64));
+        let mut is_start = true;
+        while at < self.written {
+            if is_start {
+                p.console_write(b"core| ");
+            }
+            let index = ring_index(at, LOG_BYTES);
+            let left = usize::try_from(self.written - at).unwrap_or(LOG_BYTES);
+            let piece = &self.bytes[index..LOG_BYTES.min(index + left)];
+            let end = piece.iter().position(|&byte| byte == b'\n');
+            let len = end.map_or(piece.len(), |end| end + 1);
+            p.console_write(&piece[..len]);
+            is_start = end.is_some();
+            at += len as u64;
+        }
+        self.shown = self.written;
     }
 }
 
@@ -56,10 +79,31 @@ impl<P: Platform> Core<P> {
     /// Writes a line to the machine's console as `core| text`, and to the core's log. The text
     /// must be one that no domain can cause without limit.
     pub fn print(&mut self, p: &mut P, text: fmt::Arguments<'_>) {
-        p.console_write(b"core| ");
         // A sink that cannot fail.
-        let _ = Sink(&mut self.log, p).write_fmt(text);
-        let _ = Sink(&mut self.log, p).write_str("\n");
+        let _ = self.log.write_fmt(text);
+        let _ = self.log.write_str("\n");
+        self.show_log(p);
+    }
+
+    /// Shows the core's messages, unless they would fall into a line that a domain has begun: then
+    /// they wait for its end. They do not wait for the dead, nor until they are overwritten.
+    fn show_log(&mut self, p: &mut P) {
+        if let Some(writer) = self.log.writer {
+            let is_going_on = self.domain(writer).is_some_and(Domain::is_alive);
+            if is_going_on && self.log.written - self.log.shown < LOG_BYTES as u64 / 2 {
+                return;
+            }
+            p.console_write(b"\n");
+            self.log.writer = None;
+        }
+        self.log.show(p);
+    }
+
+    /// Writes a part of a domain's text to the machine's console.
+    fn write_through(&mut self, p: &mut P, id: DomainId, bytes: &[u8]) {
+        p.console_write(bytes);
+        self.log.writer = bytes.last().is_some_and(|&byte| byte != b'\n').then_some(id);
+        self.show_log(p);
     }
 
     /// `console_io`.
@@ -90,11 +134,17 @@ impl<P: Platform> Core<P> {
             let len = CHUNK.min(usize::try_from(count - done).unwrap_or(CHUNK));
             let domain = self.me_mut(id);
             access::read(p, &domain.p2m, buffer.wrapping_add(done), &mut chunk[..len])?;
-            append(p, domain, &chunk[..len]);
-            if direct {
-                p.console_write(&chunk[..len]);
+            let mut part = &chunk[..len];
+            if direct && done + (len as u64) < count {
+                // Others get their chance between two lines rather than within one.
+                let end = part.iter().rposition(|&byte| byte == b'\n');
+                part = &part[..end.map_or(len, |end| end + 1)];
             }
-            done += len as u64;
+            append(p, domain, part);
+            if direct {
+                self.write_through(p, id, part);
+            }
+            done += part.len() as u64;
         }
         if done < count {
             self.me_mut(id).vcpu.progress = u32::try_from(done).unwrap_or(0);

@@ -16,8 +16,8 @@ fn shown(system: &System, from: usize) -> String {
 }
 
 fn say(system: &mut System, text: &str) {
-    let core = std::sync::Arc::clone(&system.core);
-    core.lock().print(&mut system.p, format_args!("{text}"));
+    let System { core, p, .. } = system;
+    core.lock().print(p, format_args!("{text}"));
 }
 
 #[test]
