@@ -189,15 +189,14 @@ pub fn sizes(built: &Built) -> String {
     text
 }
 
-/// Runs the compiler over all freestanding packages with another command, such as `clippy`.
-#[must_use]
-pub fn freestanding(verb: &str) -> Command {
-    let mut command = project::cargo();
-    command.args([verb, "--release", "--target", project::TARGET]);
-    for package in project::FREESTANDING {
-        command.args(["--package", package]);
-    }
-    command
+/// Another Cargo command, such as `clippy`, for each of the freestanding packages. One command
+/// for all of them would mix their features, which [`compile`] avoids.
+pub fn freestanding(verb: &str) -> impl Iterator<Item = Command> {
+    project::FREESTANDING.iter().map(move |package| {
+        let mut command = project::cargo();
+        command.args([verb, "--release", "--target", project::TARGET, "--package", package]);
+        command
+    })
 }
 
 #[cfg(test)]

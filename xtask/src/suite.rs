@@ -2,14 +2,10 @@
 
 use crate::qemu::{Accel, resolve};
 use crate::{build, project, setup};
-use miette::{IntoDiagnostic, miette};
+use miette::{IntoDiagnostic, WrapErr, miette};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// The package of the tests that boot a machine. They are `#[ignore]`d, so that a plain `cargo
-/// test` says what it leaves out; we run them with `--ignored`.
-pub const QEMU_TESTS: &str = "qemu-tests";
 
 /// Systems that the tests boot.
 const SYSTEMS: [&str; 4] = ["default", "two-nics", "selftest", "pingpong"];
@@ -46,8 +42,9 @@ pub fn test(filter: Option<&str>, which: Which) -> miette::Result<()> {
     Ok(())
 }
 
-/// Builds what the QEMU tests use and runs them, one after the other: each one wants the whole
-/// machine. `environment` reaches the tests, to choose a dose.
+/// Builds what the tests that boot a machine use and runs them, one after the other: each one
+/// wants the whole machine. They are `#[ignore]`d, so that a plain `cargo test` says what it leaves
+/// out. `environment` reaches the tests, to choose a dose.
 ///
 /// # Errors
 /// One fails, or something does not build.
@@ -56,12 +53,15 @@ pub fn qemu_tests(arguments: &[&str], environment: &[(&str, String)]) -> miette:
     for name in SYSTEMS {
         build::build_named(Path::new(name))?;
     }
-    let axl = host_program("axl")?;
+    let tests = test_targets()?;
+    let axl = host_program("axl", &tests)?;
     let runtime = Runtime::new()?;
     let accel = if resolve(Accel::Auto) == Accel::Kvm { "kvm" } else { "tcg" };
     let mut command = project::cargo();
     command
-        .args(["test", "--package", QEMU_TESTS, "--tests", "--no-fail-fast", "--"])
+        .args(["test", "--no-fail-fast"])
+        .args(&tests)
+        .arg("--")
         .args(arguments)
         .args(["--test-threads", "1"])
         .env("AXOLOTL_ACCEL", accel)
@@ -72,10 +72,24 @@ pub fn qemu_tests(arguments: &[&str], environment: &[(&str, String)]) -> miette:
     project::run(&mut command)
 }
 
-/// Builds a program of the host and returns where it is.
-fn host_program(package: &str) -> miette::Result<PathBuf> {
-    project::run(project::cargo().args(["build", "--quiet", "--package", package]))?;
-    let program = project::target_dir().join("debug").join(package);
+/// Chooses the tests that boot a machine, for Cargo. By target, not by package: Cargo then unites
+/// the features of all host packages, as in `cargo test`, and compiles nothing a second time.
+fn test_targets() -> miette::Result<Vec<String>> {
+    let dir = project::root().join("tests/qemu/tests");
+    let mut names: Vec<String> = std::fs::read_dir(&dir)
+        .into_diagnostic()
+        .wrap_err_with(|| format!("cannot list {}", dir.display()))?
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+        .collect();
+    names.sort();
+    Ok(names.into_iter().flat_map(|name| ["--test".to_owned(), name]).collect())
+}
+
+/// Builds a program of the host, with the features that it has next to `tests`, and returns
+/// where it is.
+fn host_program(name: &str, tests: &[String]) -> miette::Result<PathBuf> {
+    project::run(project::cargo().args(["build", "--quiet", "--bin", name]).args(tests))?;
+    let program = project::target_dir().join("debug").join(name);
     if program.is_file() { Ok(program) } else { Err(miette!("{} is missing", program.display())) }
 }
 
