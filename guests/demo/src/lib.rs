@@ -23,6 +23,7 @@ pub mod connection;
 pub mod generator;
 pub mod page;
 pub mod pauses;
+pub mod repeats;
 pub mod request;
 pub mod server;
 pub mod stack;

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Duration;
+use smoltcp::wire::IpEndpoint;
 
 /// Bytes that may be on their way to a client, per connection.
 pub const SEND_BUFFER: usize = 128 * 1024;
@@ -69,6 +70,13 @@ impl Server {
     pub fn connections(&self, sockets: &SocketSet<'_>) -> usize {
         let open = |slot: &&Slot| sockets.get::<Socket>(slot.handle).is_active();
         self.slots.iter().filter(open).count()
+    }
+
+    /// The far ends of connections that a client may believe to be asking for still.
+    pub fn open<'a>(&'a self, sockets: &'a SocketSet<'_>) -> impl Iterator<Item = IpEndpoint> {
+        let sockets = self.slots.iter().map(|slot| sockets.get::<Socket>(slot.handle));
+        let open = sockets.filter(|socket| socket.is_active() && socket.state() != State::TimeWait);
+        open.filter_map(Socket::remote_endpoint)
     }
 
     /// Moves bytes wherever they can move. Returns whether any did.

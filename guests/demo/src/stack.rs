@@ -3,6 +3,7 @@
 use crate::config::{Addressing, Config};
 use crate::connection::Facts;
 use crate::page::Status;
+use crate::repeats::WithoutRepeats;
 use crate::server::Server;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -112,7 +113,9 @@ impl Stack {
     ) -> Option<u64> {
         let now = instant(now_ns);
         loop {
-            let result = self.interface.poll(now, device, &mut self.sockets);
+            let open: Vec<_> = self.server.open(&self.sockets).collect();
+            let mut device = WithoutRepeats { device: &mut *device, open: &open };
+            let result = self.interface.poll(now, &mut device, &mut self.sockets);
             self.follow_dhcp();
             let facts = WithNetwork {
                 facts,

@@ -243,3 +243,26 @@ fn a_client_that_hangs_up_in_the_middle_does_not_keep_its_place() {
     world.run(20_000_000_000);
     assert_eq!(world.clients[1].body(), b"ok\n");
 }
+
+#[test]
+fn a_repeated_syn_does_not_open_a_second_connection() {
+    // Whichever of the two would answer first, when the wire is whole again.
+    for outage_ns in (1..40).map(|n| n * 100_000_000) {
+        let mut world = World::new(0, 2);
+        world.client(b"GET / HTT".to_vec(), false);
+        (0..40).for_each(|_| world.turn());
+        // The answer to the second client's SYN is lost...
+        world.near.lose = 1;
+        world.client(get("/healthz"), false);
+        (0..40).for_each(|_| world.turn());
+        // ... and when it repeats the SYN, the first socket listens again.
+        world.sockets.get_mut::<tcp::Socket>(world.clients[0].handle).abort();
+        while world.now_ns < 1_000_000_000 + outage_ns {
+            world.turn();
+        }
+        world.near.lose = 0;
+        world.run(60_000_000_000);
+        let answer = &world.clients[1].answer;
+        assert!(answer.ends_with(b"ok\n"), "{outage_ns}: {answer:?}");
+    }
+}
