@@ -7,15 +7,17 @@
 //! * [`ring`]: both ends of a split driver's ring of requests and responses;
 //! * [`inflight`]: the table in preserved memory that lets a backend's next incarnation go on
 //!   where the last one died;
-//! * [`bytes`]: the two-way byte streams of xenstore and of the paravirtual console.
+//! * [`bytes`]: the two-way byte streams of xenstore and of the paravirtual console;
+//! * [`events`]: a domain's side of the event bits, in the page that it shares with the core.
 //!
-//! Nothing here sends an event or waits for one: functions say when the peer must be told.
+//! No ring sends an event or waits for one: functions say when the peer must be told.
 
 #![cfg_attr(not(any(test, loom)), no_std)]
 
 extern crate alloc;
 
 pub mod bytes;
+pub mod events;
 pub mod inflight;
 #[cfg(not(loom))]
 mod page;

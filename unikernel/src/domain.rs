@@ -1,17 +1,17 @@
 //! The domain itself: everything that the core gave it, behind one handle.
 #![expect(unsafe_code, reason = "memory that the builder laid out at fixed addresses")]
 
-use crate::events::{self, Ports};
 use crate::grants::{GrantTable, Window};
 use crate::hypercall;
 use crate::{Device, SerialPort, XenstoreRing, clock};
 use alloc::rc::Rc;
 use alloc::vec::Vec;
 use axolotl_abi::start::{BUNDLE_GPA, PRESERVED_GPA, SHARED_INFO_GPA, StartInfo};
-use core::cell::{Cell, RefCell};
+use core::cell::RefCell;
 use core::ptr::NonNull;
 use domain_api::{Clock, Events};
 use shmem::Page;
+use shmem::events::{Calls, Ports, Receiver};
 use xen_abi::event::{
     ALLOC_UNBOUND, AllocUnbound, BIND_INTERDOMAIN, BIND_VIRQ, BindInterdomain, BindVirq, CLOSE,
     PortOp, SEND, UNMASK, VIRQ_TIMER,
@@ -31,10 +31,8 @@ pub struct Domain(Rc<Inner>);
 struct Inner {
     info: StartInfo,
     config: &'static [u8],
-    shared: Page,
-    timer: EventPort,
-    /// What the core's timer is set to; 0: off.
-    deadline: Cell<u64>,
+    core: Hypercalls,
+    events: Receiver,
     table: RefCell<GrantTable>,
     window: RefCell<Window>,
 }
@@ -47,6 +45,36 @@ pub(crate) fn page_at(gpa: u64) -> Page {
     unsafe { Page::from_raw(base) }
 }
 
+/// The core, as one who waits for events needs it.
+struct Hypercalls {
+    /// Where the clock is.
+    shared: Page,
+}
+
+impl Calls for Hypercalls {
+    fn now_ns(&self) -> u64 {
+        clock::now_ns(&self.shared)
+    }
+
+    fn set_timer(&self, deadline_ns: u64) {
+        // SAFETY: no pointers.
+        let _ = unsafe { hypercall::plain(SET_TIMER_OP, [deadline_ns, 0]) };
+    }
+
+    fn block(&self) {
+        // SAFETY: no pointers.
+        let _ = unsafe { hypercall::plain(SCHED_OP, [BLOCK, 0]) };
+    }
+
+    fn block_for(&self, port: EventPort, deadline_ns: u64) {
+        let ports = [port.0];
+        let mut poll =
+            Poll { ports: ports.as_ptr() as u64, nr_ports: 1, pad: 0, timeout: deadline_ns };
+        // SAFETY: 1. the structure is that of the operation. 2. The core only reads `ports`.
+        let _ = unsafe { hypercall::sched(POLL, &mut poll) };
+    }
+}
+
 impl Domain {
     pub(crate) fn new(info: StartInfo, config: &'static [u8]) -> Self {
         // SAFETY: the address is set apart for this page.
@@ -56,12 +84,12 @@ impl Domain {
         .expect("every domain has a shared-info page");
         let mut bind = BindVirq { virq: VIRQ_TIMER, vcpu: 0, port: EventPort(0) };
         hypercall::event(BIND_VIRQ, &mut bind).expect("every vCPU has a timer");
+        let shared = page_at(SHARED_INFO_GPA);
         Self(Rc::new(Inner {
             info,
             config,
-            shared: page_at(SHARED_INFO_GPA),
-            timer: bind.port,
-            deadline: Cell::new(0),
+            core: Hypercalls { shared: shared.clone() },
+            events: Receiver::new(shared, bind.port),
             table: RefCell::new(GrantTable::new()),
             window: RefCell::new(Window::new()),
         }))
@@ -158,7 +186,7 @@ impl Domain {
     /// System time in ns.
     #[must_use]
     pub fn now_ns(&self) -> u64 {
-        clock::now_ns(&self.0.shared)
+        self.0.core.now_ns()
     }
 
     /// The processor's time-stamp counter, for measurements.
@@ -170,76 +198,34 @@ impl Domain {
     /// Unix time in ns, if the core knows it.
     #[must_use]
     pub fn unix_time_ns(&self) -> Option<u64> {
-        clock::unix_at_zero_ns(&self.0.shared)?.checked_add(self.now_ns())
+        clock::unix_at_zero_ns(&self.0.core.shared)?.checked_add(self.now_ns())
     }
 
     /// The ports that have events now, without waiting.
     pub fn poll(&self) -> Ports {
-        if events::take(&self.0.shared, self.0.timer) {
-            // It may have fired a little early by our clock: to be set again then.
-            self.0.deadline.set(0);
-        }
-        Ports::scan(&self.0.shared, self.0.timer)
+        self.0.events.poll()
     }
 
     /// Sleeps until some port has an event, or until system time `deadline_ns`, and returns the
     /// ports; none when it was the time.
     pub fn wait(&self, deadline_ns: Option<u64>) -> Ports {
-        loop {
-            let mut ports = self.poll();
-            if ports.advance() || deadline_ns.is_some_and(|deadline| deadline <= self.now_ns()) {
-                return ports;
-            }
-            self.set_timer(deadline_ns);
-            // SAFETY: no pointers.
-            let _ = unsafe { hypercall::plain(SCHED_OP, [BLOCK, 0]) };
-        }
-    }
-
-    fn set_timer(&self, deadline_ns: Option<u64>) {
-        // 0 would cancel; a deadline in the past fires at once.
-        let deadline = deadline_ns.map_or(0, |ns| ns.max(1));
-        if self.0.deadline.get() == deadline {
-            return;
-        }
-        // SAFETY: no pointers.
-        let _ = unsafe { hypercall::plain(SET_TIMER_OP, [deadline, 0]) };
-        self.0.deadline.set(deadline);
+        self.0.events.wait(&self.0.core, deadline_ns)
     }
 
     /// Sleeps until this one port has an event, or until `deadline_ns`. The events of all other
     /// ports stay pending. `false`: it was the time.
     pub fn wait_for(&self, port: EventPort, deadline_ns: Option<u64>) -> bool {
-        loop {
-            if events::take(&self.0.shared, port) {
-                return true;
-            }
-            if deadline_ns.is_some_and(|deadline| deadline <= self.now_ns()) {
-                return false;
-            }
-            // Events of others must not keep the core from putting us to sleep; `wait` looks at
-            // the selector, so they are found again.
-            self.0.shared.u8(0).store(0, core::sync::atomic::Ordering::SeqCst);
-            let ports = [port.0];
-            let mut poll = Poll {
-                ports: ports.as_ptr() as u64,
-                nr_ports: 1,
-                pad: 0,
-                timeout: deadline_ns.map_or(0, |ns| ns.max(1)),
-            };
-            // SAFETY: 1. the structure is that of the operation. 2. The core only reads `ports`.
-            let _ = unsafe { hypercall::sched(POLL, &mut poll) };
-        }
+        self.0.events.wait_for(&self.0.core, port, deadline_ns)
     }
 
     /// Takes the event of one port, if it has one.
     pub fn take_event(&self, port: EventPort) -> bool {
-        events::take(&self.0.shared, port)
+        self.0.events.take(port)
     }
 
     /// Keeps the events of a port back, until [`Self::unmask`].
     pub fn mask(&self, port: EventPort) {
-        events::mask(&self.0.shared, port);
+        self.0.events.mask(port);
     }
 
     /// Lets the events of a port through again; one that came meanwhile is pending then.

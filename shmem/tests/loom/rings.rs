@@ -1,9 +1,7 @@
 //! Wake-ups of rings under every interleaving that the memory model allows. Bounds: two requests,
 //! one thread per side, up to three preemptions.
-//!
-//! `RUSTFLAGS="--cfg loom" cargo test -p shmem --release --test loom`
-#![cfg(loom)]
 
+use crate::model;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
@@ -44,12 +42,6 @@ impl Port {
     fn take(&self) -> bool {
         self.0.swap(false, Ordering::AcqRel)
     }
-}
-
-fn model(work: impl Fn() + Sync + Send + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
-    builder.check(work);
 }
 
 /// The frontend pushes and tells when asked to; the backend sleeps after `arm` said that nothing
