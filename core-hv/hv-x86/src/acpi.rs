@@ -25,6 +25,8 @@ pub struct Acpi {
     pub ioapics: Vec<IoApicEntry, MAX_IOAPICS>,
     /// Where ISA interrupt 3, of the second serial port, arrives.
     pub serial: Option<Override>,
+    /// Where ISA interrupt 4, of the first one, arrives.
+    pub console: Option<Override>,
     /// Configuration space.
     pub ecam: Vec<EcamEntry, MAX_ECAM>,
     /// I/O port of the power-management timer.
@@ -141,8 +143,13 @@ fn read_madt(table: &[u8], acpi: &mut Acpi) -> Option<()> {
                 let (address, first_gsi) = (field(entry, 4)?, field(entry, 8)?);
                 let _ = acpi.ioapics.push(IoApicEntry { address, first_gsi });
             }
-            2 if field::<u8>(entry, 3)? == 3 => {
-                acpi.serial = Some(Override { gsi: field(entry, 4)?, flags: field(entry, 8)? });
+            2 => {
+                let to = Override { gsi: field(entry, 4)?, flags: field(entry, 8)? };
+                match field::<u8>(entry, 3)? {
+                    3 => acpi.serial = Some(to),
+                    4 => acpi.console = Some(to),
+                    _ => {}
+                }
             }
             5 => acpi.local_apic = field(entry, 4)?,
             9 => add_cpu(acpi, field(entry, 4)?, field(entry, 8)?),

@@ -15,6 +15,8 @@ pub const KICK: u8 = 0xf0;
 pub const TIMER: u8 = 0xf1;
 /// Vector of the second serial port.
 pub const SERIAL: u8 = 0xf2;
+/// Vector of the first one, the console's.
+pub const CONSOLE: u8 = 0xf3;
 /// Vector of interrupts that went away; not to be acknowledged.
 pub const SPURIOUS: u8 = 0xff;
 

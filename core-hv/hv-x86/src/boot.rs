@@ -204,6 +204,10 @@ fn run(
     for cpu in 1..cpus {
         machine.kick(cpu_id(cpu));
     }
+    if ioapic::has_console() {
+        // Interrupts are taken while domains run, or nobody does.
+        serial::by_interrupt();
+    }
     hv_core::cpu_loop(machine, &CORE)
 }
 

@@ -1,4 +1,4 @@
-//! The IOAPIC, for the second serial port only. All else is MSI.
+//! The IOAPIC, for the two serial ports only. All else is MSI.
 //!
 //! Source: Intel 82093AA data sheet, section 3.
 
@@ -6,16 +6,17 @@
 
 use crate::acpi::{Acpi, Override};
 use crate::apic;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use x86_64::instructions::port::Port;
 
 const VERSION: u32 = 1;
 const ENTRIES: u32 = 0x10;
 const MASKED: u32 = 1 << 16;
 
-/// Where the serial port arrives: address of the registers and number of the pin's entry, or 0.
+/// Where the second serial port arrives: address of the registers and number of the pin's entry, or 0.
 static BASE: AtomicU64 = AtomicU64::new(0);
 static ENTRY: AtomicU64 = AtomicU64::new(0);
+static HAS_CONSOLE: AtomicBool = AtomicBool::new(false);
 
 fn read(base: u64, register: u32) -> u32 {
     // SAFETY: register select; mapped by the caller of `init`.
@@ -52,24 +53,38 @@ pub fn mask_8259() {
     }
 }
 
-/// Masks everything, and prepares the serial port's entry for the processor `apic_id`. `map`
-/// makes registers accessible.
+/// Masks everything, and prepares the serial ports' entries for the processor `apic_id`: the
+/// second one's masked. `map` makes registers accessible.
 pub fn init(acpi: &Acpi, apic_id: u32, mut map: impl FnMut(u64) -> u64) {
     let serial = acpi.serial.unwrap_or(Override { gsi: 3, flags: 0 });
+    let console = acpi.console.unwrap_or(Override { gsi: 4, flags: 0 });
     for ioapic in &acpi.ioapics {
         let base = map(ioapic.address.into());
         let last = read(base, VERSION) >> 16 & 0xff;
         for pin in 0..=last {
             write(base, ENTRIES + pin * 2, MASKED);
         }
-        if let Some(pin) = serial.gsi.checked_sub(ioapic.first_gsi).filter(|&pin| pin <= last) {
-            let entry = ENTRIES + pin * 2;
+        let entry_of = |gsi: u32| {
+            let pin = gsi.checked_sub(ioapic.first_gsi).filter(|&pin| pin <= last);
+            pin.map(|pin| ENTRIES + pin * 2)
+        };
+        if let Some(entry) = entry_of(console.gsi) {
+            write(base, entry + 1, apic_id << 24);
+            write(base, entry, u32::from(apic::CONSOLE) | mode(console.flags));
+            HAS_CONSOLE.store(true, Ordering::Relaxed);
+        }
+        if let Some(entry) = entry_of(serial.gsi) {
             write(base, entry + 1, apic_id << 24);
             write(base, entry, u32::from(apic::SERIAL) | MASKED | mode(serial.flags));
             ENTRY.store(entry.into(), Ordering::Relaxed);
             BASE.store(base, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether the first serial port, the console, can interrupt.
+pub fn has_console() -> bool {
+    HAS_CONSOLE.load(Ordering::Relaxed)
 }
 
 /// ISA is active high and edge-triggered unless the table says otherwise.

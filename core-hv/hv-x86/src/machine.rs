@@ -116,6 +116,10 @@ impl Machine {
         }
         match byte {
             apic::SERIAL => Exit::Serial,
+            apic::CONSOLE => {
+                serial::service();
+                Exit::Interrupted
+            }
             vector if DEVICE_VECTORS.contains(&vector) => Exit::Device { vector },
             _ => Exit::Interrupted,
         }
