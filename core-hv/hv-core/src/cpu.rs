@@ -23,6 +23,8 @@ struct Running<V> {
 /// What one processor keeps between two steps.
 pub struct CpuLoop<P: Platform> {
     running: Option<Running<P::Vcpu>>,
+    /// It found nothing to run: the next step waits.
+    waits: bool,
 }
 
 impl<P: Platform> Default for CpuLoop<P> {
@@ -35,7 +37,7 @@ impl<P: Platform> CpuLoop<P> {
     /// A processor that runs nothing yet.
     #[must_use]
     pub const fn new() -> Self {
-        Self { running: None }
+        Self { running: None, waits: false }
     }
 
     /// Registers of a domain, if this is the processor that runs it.
@@ -71,21 +73,21 @@ impl<P: Platform> CpuLoop<P> {
     }
 
     fn idle(&mut self, p: &mut P, core: &spin::Mutex<Core<P>>) {
-        {
-            let mut core = core.lock();
-            core.tick(p);
-            self.running = Self::pick(p, &mut core);
-            if self.running.is_none() {
-                core.go_idle(p);
-            }
-            core.arm_timer(p);
-        }
-        if self.running.is_none() {
+        if core::mem::take(&mut self.waits) {
             let exit = p.wait();
             let mut core = core.lock();
             core.left_space(p);
             core.interrupted(p, exit);
+            return;
         }
+        let mut core = core.lock();
+        core.tick(p);
+        self.running = Self::pick(p, &mut core);
+        if self.running.is_none() {
+            core.go_idle(p);
+            self.waits = true;
+        }
+        core.arm_timer(p);
     }
 
     fn pick(p: &mut P, core: &mut Core<P>) -> Option<Running<P::Vcpu>> {

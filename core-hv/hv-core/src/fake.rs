@@ -232,6 +232,8 @@ pub struct Machine {
     pub programs: BTreeMap<Mfn, Program>,
     /// Interrupts that end waits, for each processor, before [`Exit::Interrupted`].
     pub interrupts: Vec<VecDeque<Exit>>,
+    /// How often each processor waited.
+    pub waits: Vec<u64>,
     /// vCPUs that exist.
     pub vcpus: usize,
     /// How many compare-and-swaps from now on find that a peer was faster.
@@ -265,6 +267,7 @@ impl Fake {
             registers: BTreeMap::new(),
             programs: BTreeMap::new(),
             interrupts: vec![VecDeque::new(); cpus],
+            waits: vec![0; cpus],
             vcpus: 0,
             lost_races: 0,
             swaps: 0,
@@ -314,6 +317,13 @@ impl Fake {
         }
         machine.now_ns = machine.now_ns.max(end.min(timer));
         Exit::Interrupted
+    }
+
+    /// Answers whether this processor's timer has expired, once.
+    fn take_timer(&self) -> bool {
+        let mut machine = self.machine();
+        let now = machine.now_ns;
+        machine.timers[usize::from(self.cpu.0)].take_if(|deadline| *deadline <= now).is_some()
     }
 
     fn idle_program(&self, vcpu: &mut FakeVcpu) -> Exit {
@@ -466,6 +476,9 @@ impl Platform for Fake {
             let address = vcpu.registers.rip;
             return Exit::Fault { vector: 14, error: 0x14, address };
         }
+        if self.take_timer() {
+            return Exit::Interrupted;
+        }
         let program = self.machine().programs.remove(&vcpu.frame);
         let Some(mut program) = program else { return self.idle_program(vcpu) };
         let exit = program(self, &mut vcpu.registers, space);
@@ -475,7 +488,10 @@ impl Platform for Fake {
 
     fn wait(&mut self) -> Exit {
         let cpu = usize::from(self.cpu.0);
-        self.machine().interrupts[cpu].pop_front().unwrap_or(Exit::Interrupted)
+        self.take_timer();
+        let mut machine = self.machine();
+        machine.waits[cpu] += 1;
+        machine.interrupts[cpu].pop_front().unwrap_or(Exit::Interrupted)
     }
 
     fn share_core(&mut self, root: Mfn) {
@@ -736,9 +752,10 @@ impl System {
         self.p.machine().programs.insert(frame, Box::new(program));
     }
 
-    /// Makes a domain compute without end.
+    /// Makes a domain compute without end, a millisecond or up to a timer in each step.
     pub fn spin(&mut self, id: DomainId) {
-        self.program(id, |p, _, _| p.spin(u64::MAX / 2));
+        self.program(id, |p, _, _| p.spin(1_000_000));
+        self.wake(id);
     }
 
     /// Moves the clock.
@@ -858,10 +875,15 @@ impl System {
     /// # Panics
     /// Nothing is there.
     pub fn write(&mut self, id: DomainId, gpa: u64, bytes: &[u8]) {
-        for (gpa, byte) in (gpa..).zip(bytes) {
-            let page = self.page(id, Gfn::containing(gpa)).expect("a page is there");
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = gpa + done as u64;
+            let page = self.page(id, Gfn::containing(at)).expect("a page is there");
             assert!(page.kind != Kind::Device, "memory");
-            self.p.store8(page.mfn, usize::try_from(gpa & 0xfff).expect("small"), *byte);
+            let offset = usize::try_from(at & 0xfff).expect("small");
+            let len = (bytes.len() - done).min(4096 - offset);
+            self.p.write(page.mfn, offset, &bytes[done..done + len]);
+            done += len;
         }
     }
 
@@ -870,9 +892,14 @@ impl System {
     /// # Panics
     /// Nothing is there.
     pub fn read(&self, id: DomainId, gpa: u64, buffer: &mut [u8]) {
-        for (gpa, byte) in (gpa..).zip(buffer) {
-            let page = self.page(id, Gfn::containing(gpa)).expect("a page is there");
-            *byte = self.p.load8(page.mfn, usize::try_from(gpa & 0xfff).expect("small"));
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = gpa + done as u64;
+            let page = self.page(id, Gfn::containing(at)).expect("a page is there");
+            let offset = usize::try_from(at & 0xfff).expect("small");
+            let len = (buffer.len() - done).min(4096 - offset);
+            self.p.read(page.mfn, offset, &mut buffer[done..done + len]);
+            done += len;
         }
     }
 
@@ -1047,6 +1074,14 @@ impl System {
     /// `EVTCHNOP_close`.
     pub fn close(&mut self, id: DomainId, port: EventPort) -> i64 {
         self.call_with(id, EVENT_CHANNEL_OP, event::CLOSE, PortOp { port }).0
+    }
+
+    /// Ends what a domain waits for, as an event would.
+    ///
+    /// # Panics
+    /// There is no such domain.
+    pub fn wake(&mut self, id: DomainId) {
+        self.core.lock().wake(&mut self.p, id);
     }
 
     /// Whether a port of a domain is pending.
