@@ -16,6 +16,8 @@ const RING: u64 = 4096;
 const LOG_BYTES: usize = 8192;
 /// Bytes that one hypercall moves before others get a chance.
 const CHUNK: usize = 128;
+/// The same of the machine's console, which takes 87 us for a byte at 115,200 baud.
+const DIRECT_CHUNK: usize = 16;
 /// Chunks of a domain's own ring that one hypercall moves.
 const CHUNKS: usize = 16;
 
@@ -131,7 +133,8 @@ impl<P: Platform> Core<P> {
                 break;
             }
             let mut chunk = [0; CHUNK];
-            let len = CHUNK.min(usize::try_from(count - done).unwrap_or(CHUNK));
+            let most = if direct { DIRECT_CHUNK } else { CHUNK };
+            let len = most.min(usize::try_from(count - done).unwrap_or(most));
             let domain = self.me_mut(id);
             access::read(p, &domain.p2m, buffer.wrapping_add(done), &mut chunk[..len])?;
             let mut part = &chunk[..len];
@@ -150,7 +153,7 @@ impl<P: Platform> Core<P> {
             self.me_mut(id).vcpu.progress = u32::try_from(done).unwrap_or(0);
             return Err(Fault::Again);
         }
-        if !direct {
+        if !direct && count > 0 {
             self.raise_global(p, event::VIRQ_CON_RING);
         }
         Ok(0)

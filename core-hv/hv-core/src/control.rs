@@ -4,7 +4,7 @@
 //! does a bounded number and answers `EAGAIN` until the last one is done. The stage of the domain
 //! says which step is next, so nothing is lost when the caller dies in between.
 
-use crate::domain::{Cause, Domain, Grants, NEVER, Ports, Stage, Step, Vcpu};
+use crate::domain::{Cause, Domain, Grants, MAX_DOMAINS, NEVER, Ports, Stage, Step, Vcpu};
 use crate::event::Port;
 use crate::fault::{Answer, Fault};
 use crate::frame::{Account, FrameTable, Mfn, Table};
@@ -126,8 +126,11 @@ impl<P: Platform> Core<P> {
 
     fn free_id(&self, wanted: DomainId) -> Result<DomainId, Errno> {
         if wanted == ANY_DOMAIN {
-            let free = self.domains.iter().position(Option::is_none).ok_or(Errno::ENOSPC)?;
-            return Ok(DomainId(u16::try_from(free).map_err(|_| Errno::ENOSPC)?));
+            // In turn, so that an id that was just given up is not somebody else's at once:
+            // peers may still grant something to its last holder.
+            let free = |id: &usize| self.domains[*id].is_none();
+            let next = (1..=MAX_DOMAINS).map(|n| (self.last_id + n) % MAX_DOMAINS).find(free);
+            return Ok(DomainId(u16::try_from(next.ok_or(Errno::ENOSPC)?).unwrap_or(0)));
         }
         match self.domains.get(usize::from(wanted.0)) {
             None => Err(Errno::EINVAL),
@@ -161,6 +164,7 @@ impl<P: Platform> Core<P> {
         vcpu.budget = plan.budget_ns;
         vcpu.period = plan.period_ns;
         self.lives += 1;
+        self.last_id = plan.id.0.into();
         self.domains[usize::from(plan.id.0)] = Some(Domain {
             id: plan.id,
             name: plan.name,
@@ -262,6 +266,10 @@ impl<P: Platform> Core<P> {
             let to = op.gpa.wrapping_add(done);
             let source = self.memory_at(p, id, from)?;
             let dest = self.memory_at(p, target, to)?;
+            // What the target shows of others is not its memory.
+            if !self.frames.is_owned_by(dest.0, target) {
+                return Err(Errno::EFAULT.into());
+            }
             let room = 4096 - source.1.max(dest.1) as u64;
             let len = (u64::from(op.len) - done).min(room);
             p.copy(source, dest, usize::try_from(len).unwrap_or(0));
@@ -486,8 +494,16 @@ impl<P: Platform> Core<P> {
                 while let Some(bdf) = self.me_mut(id).devices.pop() {
                     self.pci.release(p, bdf);
                 }
-                Some(Step::Grants(0))
+                Some(Step::Processors)
             }
+            // Before any table is freed; who is dying is not picked again.
+            Step::Processors => match self.sched.holds_space(id) {
+                Some(cpu) => {
+                    self.interrupt(p, cpu);
+                    Some(Step::Processors)
+                }
+                None => Some(Step::Grants(0)),
+            },
             Step::Grants(from) => {
                 Some(self.drop_maps(p, id, from).map_or(Step::Tables, Step::Grants))
             }
@@ -504,25 +520,21 @@ impl<P: Platform> Core<P> {
             Step::Memory(from) => {
                 let (domain, frames) = self.with_frames(id);
                 let done = domain.p2m.tear_down(p, frames, &mut domain.account);
-                Some(if done { Step::Processors } else { Step::Memory(from) })
+                if done {
+                    self.bury(p, id);
+                    return None;
+                }
+                Some(Step::Memory(from))
             }
-            Step::Processors => self.bury(p, id),
         }
     }
 
-    /// The last step: frees the root table and the domain itself.
-    fn bury(&mut self, p: &mut P, id: DomainId) -> Option<Step> {
-        if let Some(cpu) = self.sched.holds_space(id) {
-            // This processor has left it since it runs the caller.
-            if cpu == p.cpu() {
-                unreachable!("a processor that runs the caller has its address space");
-            }
-            self.interrupt(p, cpu);
-            return Some(Step::Processors);
-        }
+    /// The end: frees the root table and the domain itself. No processor has the table loaded.
+    fn bury(&mut self, p: &mut P, id: DomainId) {
         self.sched.forget(id);
         self.sched.set_deadline(id, NEVER);
-        let domain = self.domains[usize::from(id.0)].take()?;
+        self.forget_remote(p, id);
+        let Some(domain) = self.domains[usize::from(id.0)].take() else { return };
         let Domain { mut account, p2m, vcpu, shared, console, builder, .. } = domain;
         // The next domain with this id has no rights over those that this one created.
         for child in self.domains.iter_mut().flatten().filter(|child| child.builder == Some(id)) {
@@ -536,7 +548,6 @@ impl<P: Platform> Core<P> {
         }
         p2m.free(&mut self.frames, &mut account);
         assert!(account.pages == 0, "a destroyed domain has given back all its frames");
-        None
     }
 
     fn info_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {

@@ -61,6 +61,7 @@ impl<P: Platform> CpuLoop<P> {
             }
         }
         let mut core = core.lock();
+        core.entered_space(p);
         core.exited(p, running.id, &mut running.state, exit);
         if core.decide(p, running.id) == Next::Stay {
             running.space = core.me(running.id).p2m.space();

@@ -14,6 +14,9 @@ pub const MAX_DOMAINS: usize = 64;
 pub const MAX_DEVICES: usize = 8;
 /// Watchdogs of a domain.
 pub const WATCHDOGS: usize = 2;
+/// Frames of a domain's table of foreign grants, which bound how many it has mapped, and so how
+/// many frames of others it can keep from being free.
+const MAP_FRAMES: usize = 16;
 /// A time that never comes.
 pub const NEVER: u64 = u64::MAX;
 
@@ -199,7 +202,7 @@ pub struct Grants {
     /// Where each shared frame is mapped.
     pub places: [Option<Gfn>; xen_abi::grant::MAX_FRAMES as usize],
     /// Foreign grants that it has mapped: 32 bytes each.
-    pub maps: Table<128>,
+    pub maps: Table<MAP_FRAMES>,
     /// First free entry of `maps` + 1, 0: none.
     pub free_map: u32,
     /// Entries of `maps` in use.
@@ -363,7 +366,7 @@ impl<P: Platform> Core<P> {
     ) -> DeathRecord {
         let domain = self.me(id);
         let crashed = domain.vcpu.crashed_at.is_some() && cause.cause == control::DEATH_FAULT;
-        let lived = if domain.started_ns == 0 { 0 } else { now - domain.started_ns };
+        let lived = if domain.started_ns == 0 { 0 } else { now.saturating_sub(domain.started_ns) };
         DeathRecord {
             incarnation: domain.incarnation,
             cause: if crashed { control::DEATH_CRASHED } else { cause.cause },

@@ -12,7 +12,7 @@
 //! that stays true. Pending and mask bits are in the shared-info page, which the domain writes
 //! too: they are changed by atomic operations only, and nothing else depends on them.
 
-use crate::domain::Wait;
+use crate::domain::{MAX_DOMAINS, Wait};
 use crate::fault::Answer;
 use crate::platform::Platform;
 use crate::state::Core;
@@ -298,6 +298,25 @@ impl<P: Platform> Core<P> {
                 break;
             }
             self.close(p, id, EventPort(number));
+        }
+    }
+
+    /// Nobody can bind any more to the ports that wait for a domain that was destroyed: the next
+    /// one with its id is another domain.
+    pub(crate) fn forget_remote(&mut self, p: &mut P, gone: DomainId) {
+        for index in 0..MAX_DOMAINS {
+            let id = DomainId(u16::try_from(index).unwrap_or(0));
+            let Some(domain) = self.domain(id).filter(|domain| domain.ports.used > 0) else {
+                continue;
+            };
+            let end = domain.ports.table.len() * (4096 / ENTRY_BYTES);
+            for number in 1..PORT_LIMIT.min(u32::try_from(end).unwrap_or(PORT_LIMIT)) {
+                let port = self.port(p, id, EventPort(number));
+                if port.status == STATUS_UNBOUND && port.remote == gone {
+                    let nobody = Port::new(STATUS_UNBOUND, DomainId::INVALID, 0);
+                    self.set_port(p, id, EventPort(number), nobody);
+                }
+            }
         }
     }
 

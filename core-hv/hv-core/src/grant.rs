@@ -216,6 +216,11 @@ impl<P: Platform> Core<P> {
         if op.flags & GNTMAP_HOST_MAP == 0 || op.flags & !known != 0 {
             return Err(GrantStatus::GENERAL_ERROR);
         }
+        let dma = op.flags & GNTMAP_DEVICE_MAP != 0;
+        if dma && self.me(id).devices.is_empty() {
+            // Only who has a device is told a bus address.
+            return Err(GrantStatus::GENERAL_ERROR);
+        }
         if !op.host_addr.is_multiple_of(4096) {
             return Err(GrantStatus::BAD_VIRT_ADDR);
         }
@@ -223,7 +228,6 @@ impl<P: Platform> Core<P> {
         let handle = self.free_handle(p, id).map_err(|_| GrantStatus::NO_SPACE)?;
         let write = op.flags & GNTMAP_READONLY == 0;
         let pin = self.pin(p, op.dom, id, op.gref, write)?;
-        let dma = op.flags & GNTMAP_DEVICE_MAP != 0;
         let page = Page { write, dma, ..Page::new(pin.mfn, Kind::Grant) };
         let (domain, frames) = self.with_frames(id);
         let inserted = domain.p2m.insert(p, frames, &mut domain.account, gfn, page);

@@ -1,5 +1,6 @@
 //! Which hypercall is meant, and the small ones.
 
+use crate::domain::Stage;
 use crate::fault::Answer;
 use crate::p2m::{Kind, Page};
 use crate::platform::{Platform, Registers};
@@ -77,12 +78,12 @@ impl<P: Platform> Core<P> {
         match command & MEMORY_COMMAND {
             memory::ADD_TO_PHYSMAP => {
                 let op: AddToPhysmap = self.get(p, id, gpa)?;
-                let owner = self.self_or_built(id, op.domid)?;
+                let owner = self.self_or_building(id, op.domid)?;
                 self.add_to_physmap(p, owner, &op)
             }
             memory::REMOVE_FROM_PHYSMAP => {
                 let op: RemoveFromPhysmap = self.get(p, id, gpa)?;
-                let owner = self.self_or_built(id, op.domid)?;
+                let owner = self.self_or_building(id, op.domid)?;
                 self.remove_from_physmap(p, owner, Gfn(op.gpfn))
             }
             memory::CURRENT_RESERVATION => {
@@ -96,6 +97,17 @@ impl<P: Platform> Core<P> {
                 Ok(self.me(owner).account.max.into())
             }
             _ => Err(Errno::ENOSYS.into()),
+        }
+    }
+
+    /// The caller itself, or a domain that it is building: the address space of a domain that
+    /// runs is narrowed by itself only (ADR 4).
+    fn self_or_building(&self, id: DomainId, which: DomainId) -> Result<DomainId, Errno> {
+        let which = self.self_or_built(id, which)?;
+        if which == id || self.me(which).stage == Stage::Building {
+            Ok(which)
+        } else {
+            Err(Errno::EBUSY)
         }
     }
 

@@ -285,6 +285,7 @@ impl Pci {
             // The reset cleared the BARs.
             function.ready_at = 0;
             restore_bars(p, function);
+            silence(p, function);
         }
         function.owner = Some(owner);
         function.trusted = trusted;

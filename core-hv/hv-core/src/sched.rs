@@ -35,8 +35,10 @@ const WATCHDOG_MAX_S: u32 = 31_536_000;
 struct Cpu {
     /// What it runs.
     running: Option<DomainId>,
-    /// Whose address space it may still have loaded.
+    /// Whose address space it has loaded, or is about to load.
     loaded: Option<DomainId>,
+    /// Whose it has loaded until it enters that of `loaded`, which it does without the lock.
+    leaving: Option<DomainId>,
     /// It waits, and nobody has kicked it since.
     idle: bool,
     /// It shall look for something better to run.
@@ -54,6 +56,7 @@ impl Cpu {
         Self {
             running: None,
             loaded: None,
+            leaving: None,
             idle: false,
             reschedule: false,
             since: 0,
@@ -116,7 +119,8 @@ impl Sched {
     /// Whether some processor may still have the domain's address space loaded; such processors
     /// that do nothing are to be kicked.
     pub(crate) fn holds_space(&self, id: DomainId) -> Option<CpuId> {
-        let holder = self.cpus[..self.count].iter().position(|cpu| cpu.loaded == Some(id))?;
+        let holds = |cpu: &Cpu| cpu.loaded == Some(id) || cpu.leaving == Some(id);
+        let holder = self.cpus[..self.count].iter().position(holds)?;
         Some(CpuId(u8::try_from(holder).unwrap_or(0)))
     }
 
@@ -225,7 +229,7 @@ impl<P: Platform> Core<P> {
         vcpu.used += spent;
         if vcpu.used >= vcpu.budget && !vcpu.exhausted {
             vcpu.exhausted = true;
-            vcpu.overruns += 1;
+            vcpu.overruns = vcpu.overruns.saturating_add(1);
             self.update_deadline(p, id);
             self.sched.cpu(p.cpu()).reschedule = true;
         }
@@ -370,6 +374,9 @@ impl<P: Platform> Core<P> {
             domain.vcpu.on_cpu = Some(me.0);
             let cpu = self.sched.cpu(me);
             cpu.running = Some(id);
+            if cpu.loaded != Some(id) {
+                cpu.leaving = cpu.loaded;
+            }
             cpu.loaded = Some(id);
             self.start_slice(p, id);
             return Some((id, state));
@@ -414,7 +421,14 @@ impl<P: Platform> Core<P> {
 
     /// Notes that this processor has left the last domain's address space.
     pub(crate) fn left_space(&mut self, p: &mut P) {
-        self.sched.cpu(p.cpu()).loaded = None;
+        let cpu = self.sched.cpu(p.cpu());
+        cpu.loaded = None;
+        cpu.leaving = None;
+    }
+
+    /// Notes that this processor has been in the address space of what it runs.
+    pub(crate) fn entered_space(&mut self, p: &mut P) {
+        self.sched.cpu(p.cpu()).leaving = None;
     }
 
     /// Sets this processor's timer if it would be too late. One that is too early does no harm.

@@ -17,6 +17,8 @@ pub struct Core<P: Platform> {
     pub(crate) log: Log,
     /// Who gets each global virtual interrupt.
     pub(crate) global_virqs: [Option<DomainId>; event::NR_VIRQS as usize],
+    /// The id given out last.
+    pub(crate) last_id: usize,
     /// Number of the last life of any domain.
     pub(crate) lives: u64,
     pub(crate) bundle: &'static [u8],
@@ -36,6 +38,7 @@ impl<P: Platform> Core<P> {
             pci: Pci::new(),
             log: Log::new(),
             global_virqs: [None; event::NR_VIRQS as usize],
+            last_id: 0,
             lives: 0,
             bundle: &[],
             bundle_mfn: Mfn(0),

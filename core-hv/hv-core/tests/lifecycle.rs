@@ -360,11 +360,22 @@ fn what_a_destroyed_builder_built_belongs_to_its_builder_not_to_who_gets_its_id(
         system.call_with(builder, CONTROL_OP, control::CREATE, System::plan("child"));
     assert_eq!(result, 0);
     system.destroy(builder);
-    let again = system.create(plan);
-    assert_eq!(again, builder, "the id is used again");
+    let again = system.create(Create { domid: builder, ..plan });
     let op = DomainOp { domid: child.domid };
     assert_eq!(system.call_with(again, CONTROL_OP, control::DESTROY, op).0, error(Errno::EPERM));
     system.destroy(child.domid);
+    system.check();
+}
+
+#[test]
+fn an_id_given_up_is_not_the_next_one_given_out_and_no_port_waits_for_it() {
+    let mut system = System::new();
+    let (old, peer) = (system.guest("old"), system.guest("peer"));
+    let port = system.alloc_unbound(peer, old).unwrap();
+    system.destroy(old);
+    assert_ne!(system.guest("other"), old);
+    let new = system.create(Create { domid: old, ..System::plan("new") });
+    assert_eq!(system.bind(new, peer, port), Err(error(Errno::EINVAL)));
     system.check();
 }
 

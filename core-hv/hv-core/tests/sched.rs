@@ -278,8 +278,7 @@ fn a_root_table_is_not_freed_while_an_idle_processor_has_it_loaded() {
     assert!(system.p.machine().kicks.contains(&CpuId(1)));
     // It leaves its wait.
     system.step(1);
-    let (result, _) = system.call_with(D0, CONTROL_OP, control::DESTROY, op);
-    assert_eq!(result, 0);
+    system.destroy(guest);
     system.check();
 }
 
