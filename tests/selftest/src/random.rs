@@ -12,6 +12,8 @@ use axolotl_abi::{CONTROL_OP, DEVICE_OP};
 use core::sync::atomic::Ordering::Relaxed;
 use shmem::Page;
 use unikernel::println;
+use xen_abi::DomainId;
+use xen_abi::grant::COPY;
 use xen_abi::hypercall::{
     CONSOLE_IO, EVENT_CHANNEL_OP, GRANT_TABLE_OP, MEMORY_OP, SCHED_OP, VCPU_OP, XEN_VERSION,
 };
@@ -103,11 +105,26 @@ impl Ground {
         Self { arguments, victims, victim_addresses, watched, text, words }
     }
 
-    /// Fills the argument page with something new.
+    /// Fills the argument page with something new: few different words at a time, one of them
+    /// this domain, so that structures often make sense.
     fn prepare(&self, random: &mut Random) {
+        let own = u64::from(DomainId::SELF.0);
+        let few = [own, random.of(&self.words), random.of(&self.words), random.of(&self.words)];
         for offset in (0..128).step_by(8) {
-            self.arguments.u64(offset).store(random.of(&self.words), Relaxed);
+            self.arguments.u64(offset).store(random.of(&few), Relaxed);
         }
+    }
+
+    /// A copy between pages that may be changed, which the core mostly carries out.
+    fn prepare_copy(&self, random: &mut Random) {
+        for at in [0, 16] {
+            let address = random.of(&self.victim_addresses);
+            self.arguments.u64(at).store(address >> 12, Relaxed);
+            let offset = random.below(4200) << 16;
+            self.arguments.u64(at + 8).store(u64::from(DomainId::SELF.0) | offset, Relaxed);
+        }
+        let flags = if random.below(8) == 0 { random.below(4) << 16 } else { 0 };
+        self.arguments.u64(32).store(random.below(4200) | flags, Relaxed);
     }
 
     fn pointer(&self, random: &mut Random) -> u64 {
@@ -180,12 +197,21 @@ pub fn run(state: &mut State, calls: u32, seed: u64) {
     let mut random = Random(state.random());
     while state.steps() < calls {
         ground.prepare(&mut random);
-        let number = number(&mut random);
-        let operation = if random.below(16) == 0 { random.next() } else { random.below(36) };
+        let mut number = number(&mut random);
+        let operation = match random.below(16) {
+            0 => random.next(),
+            1..8 => random.below(8),
+            _ => random.below(36),
+        };
         let count = if random.below(16) == 0 { random.next() } else { random.below(4) };
         let pointer = ground.pointer(&mut random);
         let mut arguments = [operation, pointer, count, random.next(), random.next()];
         tame(number, &mut arguments, &mut random);
+        if random.below(64) == 0 {
+            ground.prepare_copy(&mut random);
+            number = GRANT_TABLE_OP;
+            arguments = [COPY, ground.arguments.gfn().address(), 1, 0, 0];
+        }
         state.set_random(random.0);
         state.call(number, arguments);
         if state.steps().is_multiple_of(100_000) {
