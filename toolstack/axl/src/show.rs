@@ -60,8 +60,8 @@ fn seconds(ms: u64) -> String {
 #[must_use]
 pub fn list(domains: &[DomainLine]) -> String {
     let mut text = format!(
-        "{:<20} {:>3} {:>4} {:<7} {:>6} {:<10} {:>7} {:>8} {:>8}\n",
-        "Name", "ID", "Inc", "Role", "State", "", "Mem/KiB", "Time(s)", "Up(s)"
+        "{:<20} {:>3} {:>4} {:<7} {:<17} {:>7} {:>8} {:>8}\n",
+        "Name", "ID", "Inc", "Role", "State", "Mem/KiB", "Time(s)", "Up(s)"
     );
     for domain in domains {
         let _ = writeln!(
@@ -121,7 +121,7 @@ pub fn info(info: &Info) -> String {
     line("tsc", format!("{} MHz", info.tsc_khz / 1000));
     line("memory", mib(info.memory_bytes));
     line("free memory", mib(info.free_bytes));
-    line("core's memory", mib(info.core_bytes));
+    line("core's memory", format!("{} KiB", info.core_bytes / 1024));
     line("uptime", format!("{} s", seconds(info.uptime_ms)));
     line("started in", format!("{} ms", info.started_after_us / 1000));
     if info.dma_trusted.is_empty() {
@@ -226,11 +226,15 @@ pub fn why(why: &Why) -> String {
             .collect();
         let _ = writeln!(text, "  {}", row.join("  "));
     }
-    text.push_str("backtrace\n");
+    // Whoever faults in its first function has none.
+    if !why.backtrace.is_empty() {
+        text.push_str("backtrace\n");
+    }
     for address in &why.backtrace {
         let _ = writeln!(text, "  {address:#x}");
     }
-    text.push_str("console tail\n");
+    let end = if why.console_tail.is_empty() { "console tail: none" } else { "console tail" };
+    let _ = writeln!(text, "{end}");
     for line in String::from_utf8_lossy(&why.console_tail).lines() {
         let _ = writeln!(text, "  {}", printable(line));
     }

@@ -17,12 +17,12 @@ fn write(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
     let Compiled { machine, system, .. } = compiled;
     writeln!(
         text,
-        "system `{}`: {} MiB, {} CPUs, {} network cards, {} domains and the control domain\n",
+        "system `{}`: {} MiB, {}, {}, {} and the control domain\n",
         system.name,
         machine.memory_mib,
-        machine.cpus,
-        machine.nics.len(),
-        system.domains.len()
+        count(machine.cpus as usize, "CPU"),
+        count(machine.nics.len(), "network card"),
+        count(system.domains.len(), "domain")
     )?;
     writeln!(text, "who owns what")?;
     let mib = compiled.control_pages / 256;
@@ -46,6 +46,10 @@ fn write(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
         writeln!(text, "\nwarning: {warning}")?;
     }
     Ok(())
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn owns(text: &mut String, compiled: &Compiled, domain: &Domain) -> std::fmt::Result {
