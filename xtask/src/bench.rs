@@ -88,7 +88,7 @@ type Figures = BTreeMap<String, Vec<u64>>;
 
 /// Boots `built`, and passes every measurement of its console on.
 fn boot(built: &Built, accel: Accel, figures: Sender<(String, u64)>) -> miette::Result<Machine> {
-    let options = Options { accel, cpus: Some(CPUS), ports: Ports::Free, extra: Vec::new() };
+    let options = Options { accel, cpus: Some(CPUS), ports: Ports::Free, ..Options::default() };
     Machine::start(built, &options, move |line| {
         if let Some((name, value, _)) = line.measurement() {
             let _ = figures.send((name.into(), value));

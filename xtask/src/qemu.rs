@@ -4,7 +4,7 @@ use crate::setup::QEMU;
 use miette::{IntoDiagnostic, miette};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -50,6 +50,8 @@ pub struct Options {
     pub cpus: Option<u32>,
     /// Host ports.
     pub ports: Ports,
+    /// A CD to boot from by the firmware, instead of core and bundle from QEMU.
+    pub cd: Option<PathBuf>,
     /// Added at the end of the command line.
     pub extra: Vec<String>,
 }
@@ -95,11 +97,12 @@ pub fn plan(
     command
         .args(["-machine", "q35", "-nodefaults", "-no-user-config", "-no-reboot"])
         .args(["-display", "none", "-vga", "none", "-monitor", "none"])
-        .args(["-smp", &cpus, "-m", &memory])
-        .arg("-kernel")
-        .arg(core)
-        .arg("-initrd")
-        .arg(bundle)
+        .args(["-smp", &cpus, "-m", &memory]);
+    match &options.cd {
+        Some(cd) => command.arg("-cdrom").arg(cd),
+        None => command.arg("-kernel").arg(core).arg("-initrd").arg(bundle),
+    };
+    command
         .args(["-chardev", "stdio,id=com1,signal=off", "-serial", "chardev:com1"])
         .arg("-chardev")
         .arg(format!("socket,id=com2,path={}", com2.display()))

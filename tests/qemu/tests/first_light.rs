@@ -3,8 +3,8 @@
 use qemu_tests::{Platform, Running, axl, others, run_limited, xtask_command};
 use std::path::Path;
 use std::time::Duration;
-use xtask::http;
 use xtask::qemu::Options;
+use xtask::{build, http, iso};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -93,6 +93,22 @@ fn one_and_four_processors_do() {
         http::download(server, 300_000, LIMIT, |_| ()).expect("right bytes");
         assert_eq!(platform.axl_json(&["info"])["cpus"], cpus);
     }
+}
+
+/// The other way in: firmware, GRUB, and the Multiboot2 header of the core.
+#[test]
+#[ignore = "boots QEMU: run it by `cargo xtask test`"]
+fn boots_from_a_cd_by_grub() {
+    if let Some(missing) = iso::missing_cd_tools() {
+        eprintln!("boots_from_a_cd_by_grub: skipped: {missing}");
+        return;
+    }
+    let built = build::build_named(Path::new("default")).expect("a valid system");
+    let cd = iso::cd(&built).expect("a CD image");
+    let platform = Platform::boot_built(&built, |options| Options { cd: Some(cd), ..options });
+    let server = platform.web(0);
+    http::download(server, 300_000, LIMIT, |_| ()).expect("right bytes");
+    assert!(platform.domains().iter().all(|domain| domain.incarnation == 1 && domain.is_alive()));
 }
 
 #[test]
