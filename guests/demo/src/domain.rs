@@ -135,6 +135,7 @@ impl Guest {
         let now_ns = self.domain.now_ns();
         let facts = Snapshot {
             domain: &self.domain,
+            started_ns: self.started_ns,
             uptime_ns: now_ns - self.started_ns,
             mac: self.front.mac(),
             backend_state: self.front.backend_state(),
@@ -189,6 +190,7 @@ impl Guest {
 /// What the page shows, but for what the stack itself knows.
 struct Snapshot<'a> {
     domain: &'a Domain,
+    started_ns: u64,
     uptime_ns: u64,
     mac: [u8; 6],
     backend_state: XenbusState,
@@ -217,6 +219,7 @@ impl Facts for Snapshot<'_> {
             tx_bytes: self.stats.tx_bytes,
             pauses: self.pauses.count,
             last_pause_us: self.pauses.last_ns / 1000,
+            last_pause_at_ms: self.pauses.last_end_ns.saturating_sub(self.started_ns) / 1_000_000,
             longest_pause_us: self.pauses.longest_ns / 1000,
             connects: self.connects,
             ..Status::default()

@@ -10,6 +10,8 @@ pub struct Pauses {
     pub count: u64,
     /// Length of the last one.
     pub last_ns: u64,
+    /// When it ended.
+    pub last_end_ns: u64,
     /// Length of the longest one.
     pub longest_ns: u64,
     answered: u64,
@@ -30,6 +32,7 @@ impl Pauses {
         (progress && gap >= PAUSE_NS).then(|| {
             self.count += 1;
             self.last_ns = gap;
+            self.last_end_ns = now_ns;
             self.longest_ns = self.longest_ns.max(gap);
             gap
         })
@@ -55,5 +58,6 @@ mod tests {
             (pauses.count, pauses.last_ns, pauses.longest_ns),
             (2, 2 * PAUSE_NS, 3 * PAUSE_NS)
         );
+        assert_eq!(pauses.last_end_ns, 22 * PAUSE_NS);
     }
 }
