@@ -1,7 +1,7 @@
 //! Backend half of Xen's split network driver: serves any number of vifs above one card.
 //!
 //! [`Netback`] finds its vifs in xenstore, connects to their frontends, and moves frames between
-//! them and a [`Nic`](domain_api::nic::Nic) through a learning switch ([`switch`]). It trusts no
+//! them and a [`Nic`] through a learning switch ([`switch`]). It trusts no
 //! frontend: every slot is copied once and then checked, addresses are checked against the vif's
 //! own (anti-spoof), and a frontend that breaks the protocol is disconnected with a message in
 //! its `error` node while all others go on.

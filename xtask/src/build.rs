@@ -190,7 +190,7 @@ pub fn sizes(built: &Built) -> String {
 }
 
 /// Another Cargo command, such as `clippy`, for each of the freestanding packages. One command
-/// for all of them would mix their features, which [`compile`] avoids.
+/// for all of them would mix their features, which [`build`] avoids too.
 pub fn freestanding(verb: &str) -> impl Iterator<Item = Command> {
     project::FREESTANDING.iter().map(move |package| {
         let mut command = project::cargo();
