@@ -9,7 +9,8 @@ use crate::state::Core;
 use axolotl_abi::control::{DEATH_FAULT, Rights};
 use xen_abi::{DomainId, event};
 
-/// Where a domain that is made to crash goes on: no page can be there.
+/// Where a domain that is made to crash goes on. No unikernel has a page there; if one maps a
+/// grant there, that is not executable.
 const NOWHERE: u64 = 0x7ead_dead_d000;
 
 /// A vCPU on a processor.

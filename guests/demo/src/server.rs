@@ -28,6 +28,8 @@ struct Slot {
     connection: Connection,
     /// When bytes last moved.
     moved_ns: u64,
+    /// No connection of its was seen yet.
+    is_new: bool,
     /// Requests of the connections before this one.
     requests: u64,
 }
@@ -50,6 +52,7 @@ impl Server {
             handle: sockets.add(socket()),
             connection: Connection::new(),
             moved_ns: 0,
+            is_new: true,
             requests: 0,
         });
         let mut server = Self { port, slots: slots.collect() };
@@ -90,9 +93,11 @@ impl Server {
                 continue;
             }
             let any = slot.transfer(socket, facts);
-            if any {
+            // A connection is as old as its first sight, however long nobody came before it.
+            if any || slot.is_new {
                 slot.moved_ns = now_ns;
             }
+            slot.is_new = socket.state() == State::Listen;
             moved |= slot.finish(socket, now_ns) || any;
         }
         self.keep_some_listening(sockets, now_ns);
@@ -140,6 +145,7 @@ impl Slot {
         self.requests += self.connection.requests;
         self.connection = Connection::new();
         self.moved_ns = now_ns;
+        self.is_new = true;
         let listening = sockets.get_mut::<Socket>(self.handle).listen(port);
         assert!(listening.is_ok(), "a closed socket can listen, and the port is not 0");
     }

@@ -266,3 +266,18 @@ fn a_repeated_syn_does_not_open_a_second_connection() {
         assert!(answer.ends_with(b"ok\n"), "{outage_ns}: {answer:?}");
     }
 }
+
+#[test]
+fn a_client_is_welcome_however_long_nobody_came() {
+    let mut world = World::new(0, 2);
+    world.now_ns += 600_000_000_000;
+    world.client(get("/healthz"), false);
+    world.run(20_000_000_000);
+    assert_eq!(world.clients[0].body(), b"ok\n");
+    // The guest sleeps until the first frame of the next client, whose request takes a while.
+    world.client(b"GET / HTT".to_vec(), false);
+    world.interface.poll(instant(world.now_ns), &mut world.far, &mut world.sockets);
+    world.now_ns += 600_000_000_000;
+    (0..40).for_each(|_| world.turn());
+    assert!(world.clients[1].open, "{:?}", world.states());
+}
