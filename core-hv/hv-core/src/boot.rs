@@ -56,6 +56,9 @@ pub struct Boot<'a> {
     pub core_pages: u64,
     /// Where PCI functions can be.
     pub ecam: &'a [EcamRange],
+    /// Physical addresses where no function can have registers, whatever it says: all memory,
+    /// interrupt controllers, configuration space.
+    pub reserved: &'a [Range<u64>],
 }
 
 /// Why the control domain could not be started.
@@ -106,7 +109,7 @@ impl<P: Platform> Core<P> {
                 }
             }
         }
-        let left_out = self.pci.enumerate(p, boot.ecam);
+        let left_out = self.pci.enumerate(p, boot.ecam, boot.reserved);
         let (total, _) = self.frames.counts();
         let functions = self.pci.functions().len();
         self.print(

@@ -702,6 +702,7 @@ impl System {
                 cpus: config.cpus,
                 core_pages: 0,
                 ecam: &[EcamRange { segment: 0, first_bus: 0, last_bus: 0 }],
+                reserved: core::slice::from_ref(&(0..end)),
             },
         );
         let started = core.start_control(&mut p);

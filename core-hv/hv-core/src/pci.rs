@@ -188,13 +188,18 @@ impl Pci {
     }
 
     /// Finds the functions on all buses of `ranges`, and stops whatever the firmware left running.
-    /// Returns how many did not fit.
-    pub fn enumerate<P: Platform>(&mut self, p: &mut P, ranges: &[EcamRange]) -> usize {
+    /// A BAR that claims some of `reserved` counts as none. Returns how many did not fit.
+    pub fn enumerate<P: Platform>(
+        &mut self,
+        p: &mut P,
+        ranges: &[EcamRange],
+        reserved: &[Range<u64>],
+    ) -> usize {
         let mut left_out = 0;
         for range in ranges {
             for bus in range.first_bus..=range.last_bus {
                 for device in 0..32 {
-                    left_out += self.enumerate_device(p, range.segment, bus, device);
+                    left_out += self.enumerate_device(p, (range.segment, bus, device), reserved);
                 }
             }
         }
@@ -204,9 +209,8 @@ impl Pci {
     fn enumerate_device<P: Platform>(
         &mut self,
         p: &mut P,
-        segment: u16,
-        bus: u8,
-        device: u32,
+        (segment, bus, device): (u16, u8, u32),
+        reserved: &[Range<u64>],
     ) -> usize {
         let mut left_out = 0;
         for number in 0..8 {
@@ -220,7 +224,7 @@ impl Pci {
             let header = p.config_read(bdf, HEADER_TYPE, 1);
             // Bridges are the core's; a bridge decodes for all behind it.
             if header & 0x7f == 0 {
-                let function = probe(p, bdf);
+                let function = probe(p, bdf, reserved);
                 left_out += usize::from(self.functions.push(function).is_err());
             }
             if number == 0 && header & 0x80 == 0 {
@@ -508,13 +512,20 @@ const fn half(value: u32) -> u16 {
     value as u16
 }
 
-fn probe<P: Platform>(p: &mut P, bdf: Bdf) -> Function {
+fn probe<P: Platform>(p: &mut P, bdf: Bdf, reserved: &[Range<u64>]) -> Function {
+    let mut bars = size_bars(p, bdf);
+    for bar in &mut bars {
+        let pages = bar.pages();
+        if reserved.iter().any(|taken| taken.start < pages.end && pages.start < taken.end) {
+            *bar = Bar::default();
+        }
+    }
     let mut function = Function {
         bdf,
         vendor: half(p.config_read(bdf, VENDOR, 2)),
         device: half(p.config_read(bdf, DEVICE, 2)),
         class: p.config_read(bdf, CLASS, 4) >> 8,
-        bars: size_bars(p, bdf),
+        bars,
         owner: None,
         trusted: false,
         places: [0; BARS],

@@ -278,3 +278,20 @@ fn functions_whose_registers_share_a_page_or_claim_nonsense_are_not_mapped() {
     assert_eq!(result, Errno::EINVAL.to_result());
     system.check();
 }
+
+#[test]
+fn registers_that_claim_memory_are_mapped_for_nobody() {
+    // The fake machine's memory starts at 0; a megabyte of it is claimed.
+    let mut system = System::with(Config {
+        functions: vec![FakeFunction::nic(1, 0x10_0000)],
+        ..Config::default()
+    });
+    let driver = driver(&mut system, NIC);
+    let (result, info) =
+        system.call_with(driver, DEVICE_OP, device::GET_DEVICE, DeviceInfo::new_zeroed());
+    assert_eq!(result, 0);
+    assert!(info.bars.iter().all(|bar| bar.gpa == 0 && bar.bytes == 0));
+    assert_eq!(info.msix_vectors, 0, "its table would be in memory");
+    assert!(system.page(driver, Gfn::containing(MMIO_GPA)).is_none());
+    system.check();
+}

@@ -10,7 +10,7 @@ use hv_core::platform::MAX_CPUS;
 use zerocopy::FromBytes;
 
 /// Most IOAPICs that are looked at.
-const MAX_IOAPICS: usize = 8;
+pub const MAX_IOAPICS: usize = 8;
 /// Most PCI segment ranges.
 pub const MAX_ECAM: usize = 8;
 

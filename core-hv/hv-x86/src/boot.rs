@@ -34,12 +34,20 @@ struct Hand {
     tables: Tables,
     memory: BootMemory,
     usable: Ranges,
+    reserved: Reserved,
     bundle: Range<u64>,
     area: CpuArea,
     end: u64,
     /// Whether the trampoline's page is memory.
     trampoline: bool,
 }
+
+/// Where interrupt messages go, and the local APIC is.
+const MESSAGES: Range<u64> = 0xfee0_0000..0xfef0_0000;
+
+/// As in `hv_core::Boot`.
+type Reserved =
+    Vec<Range<u64>, { crate::boot_info::MAX_RANGES + acpi::MAX_IOAPICS + acpi::MAX_ECAM + 1 }>;
 
 static HAND: Mutex<Option<Hand>> = Mutex::new(None);
 static STARTS: [Once<smp::Start>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
@@ -88,11 +96,12 @@ fn take_memory(info: &BootInfo, acpi: Acpi) -> Hand {
     let mut memory = BootMemory::new(&mut usable);
     let mut tables = Tables::new(&mut memory, &all);
     let area = tables.map_stacks(&mut memory, 0);
-    Hand { acpi, tables, memory, usable, bundle, area, end, trampoline }
+    let reserved = reserved(&all, &acpi);
+    Hand { acpi, tables, memory, usable, reserved, bundle, area, end, trampoline }
 }
 
 extern "C" fn first_processor(_: u64) -> ! {
-    let Hand { acpi, mut tables, mut memory, usable, bundle, area, end, trampoline } =
+    let Hand { acpi, mut tables, mut memory, usable, reserved, bundle, area, end, trampoline } =
         HAND.lock().take().expect("`boot_main` left it");
     ioapic::mask_8259();
     apic::choose(|| tables.map_mmio(&mut memory, acpi.local_apic, 4096));
@@ -113,7 +122,27 @@ extern "C" fn first_processor(_: u64) -> ! {
     pci::init(acpi.ecam, |address, bytes| tables.map_mmio(&mut memory, address, bytes));
     let cpus = apic_ids.len();
     SHARED.call_once(|| Shared { root: tables.root(), apic_ids, memory_end: end });
-    run(&mut Machine::new(CpuId(0), area), cpus, memory, usable, &bundle, end, &ecam)
+    let devices = Devices { ecam: &ecam, reserved: &reserved };
+    run(&mut Machine::new(CpuId(0), area), cpus, memory, usable, &bundle, end, &devices)
+}
+
+/// What `hv-core` learns of devices.
+struct Devices<'a> {
+    ecam: &'a [EcamRange],
+    reserved: &'a [Range<u64>],
+}
+
+/// Addresses at which no PCI function has registers: memory, and what the core itself drives.
+fn reserved(memory: &Ranges, acpi: &Acpi) -> Reserved {
+    let ioapics = acpi.ioapics.iter().map(|ioapic| {
+        let address = u64::from(ioapic.address);
+        address..address + 4096
+    });
+    let ecam = acpi.ecam.iter().map(|entry| {
+        let bus = |number: u64| entry.address + (number << 20);
+        bus(entry.first_bus.into())..bus(u64::from(entry.last_bus) + 1)
+    });
+    memory.iter().cloned().chain(ioapics).chain(ecam).chain([MESSAGES]).collect()
 }
 
 /// Starts all processors but this one; returns who runs, by number.
@@ -172,7 +201,7 @@ fn run(
     mut usable: Ranges,
     bundle: &Range<u64>,
     end: u64,
-    ecam: &[EcamRange],
+    devices: &Devices<'_>,
 ) -> ! {
     let frames = frame_table(&mut memory, end);
     let (rest, taken) = memory.finish();
@@ -191,7 +220,8 @@ fn run(
             bundle_address: bundle.start,
             cpus,
             core_pages: (image.end - image.start) / 4096 + taken,
-            ecam,
+            ecam: devices.ecam,
+            reserved: devices.reserved,
         },
     );
     let clock = machine.clock();
