@@ -5,6 +5,7 @@ use crate::p2m::P2m;
 use crate::platform::{Bdf, Platform, Registers};
 use crate::state::Core;
 use axolotl_abi::control::{self, DeathRecord, Rights};
+use core::fmt;
 use heapless::Vec;
 use xen_abi::{DomainId, Gfn, event, shared_info};
 
@@ -81,6 +82,18 @@ impl Cause {
     #[must_use]
     pub const fn new(cause: u32, detail: u32) -> Self {
         Self { cause, detail, vector: 0, error: 0, address: 0 }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cause {
+            control::DEATH_FAULT => f.write_str(control::vector_name(self.vector.into())),
+            control::DEATH_SHUTDOWN => write!(f, "shutdown for reason {}", self.detail),
+            control::DEATH_WATCHDOG => f.write_str("watchdog"),
+            control::DEATH_RESTARTED => f.write_str("restarted"),
+            other => write!(f, "cause {other}"),
+        }
     }
 }
 
@@ -345,11 +358,8 @@ impl<P: Platform> Core<P> {
         self.print(
             p,
             format_args!(
-                "{} ({id}) incarnation {life} died: cause {} detail {} vector {} at {:#x}",
+                "{} ({id}) incarnation {life} died: {cause} at {:#x}",
                 text(&name),
-                cause.cause,
-                cause.detail,
-                cause.vector,
                 registers.rip
             ),
         );
