@@ -179,6 +179,7 @@ pub struct DomainOp {
     /// Which domain.
     pub domid: DomainId,
 }
+const _: () = assert!(size_of::<DomainOp>() == 2);
 
 /// `DomainInfo::state`: being filled; has not started.
 pub const STATE_BUILDING: u8 = 0;

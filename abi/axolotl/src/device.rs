@@ -30,6 +30,7 @@ pub struct Bar {
     /// Its size in bytes. A page that holds the MSI-X table is mapped read-only.
     pub bytes: u64,
 }
+const _: () = assert!(size_of::<Bar>() == 16 && offset_of!(Bar, bytes) == 8);
 
 /// A device of the caller.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -82,6 +82,7 @@ pub struct BindIpi {
     /// Out: the new port.
     pub port: EventPort,
 }
+const _: () = assert!(size_of::<BindIpi>() == 8 && offset_of!(BindIpi, port) == 4);
 
 /// `struct evtchn_bind_vcpu`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -92,6 +93,7 @@ pub struct BindVcpu {
     /// Where its events go from now on.
     pub vcpu: u32,
 }
+const _: () = assert!(size_of::<BindVcpu>() == 8 && offset_of!(BindVcpu, vcpu) == 4);
 
 /// `struct evtchn_alloc_unbound`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -113,6 +115,7 @@ pub struct PortOp {
     /// The port.
     pub port: EventPort,
 }
+const _: () = assert!(size_of::<PortOp>() == 4);
 
 /// `Status::status`: free.
 pub const STATUS_CLOSED: u32 = 0;

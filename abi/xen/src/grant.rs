@@ -183,6 +183,7 @@ pub struct SetVersion {
     /// In: wanted; out: in force.
     pub version: u32,
 }
+const _: () = assert!(size_of::<SetVersion>() == 4);
 
 /// `struct gnttab_get_version`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -195,6 +196,7 @@ pub struct GetVersion {
     /// Out.
     pub version: u32,
 }
+const _: () = assert!(size_of::<GetVersion>() == 8 && offset_of!(GetVersion, version) == 4);
 
 /// One side of a [`GrantCopy`].
 ///

@@ -8,6 +8,7 @@
 //! A PVH domain issues them by `vmmcall`, a unikernel domain by `syscall` (which also destroys
 //! `rcx` and `r11`). Source: `xen/include/public/xen.h`; App. A of the PVH notes for x86-64.
 
+use core::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// `memory_op`, see [`crate::memory`].
@@ -65,3 +66,4 @@ pub struct FeatureInfo {
     /// Out: the bits.
     pub submap: u32,
 }
+const _: () = assert!(size_of::<FeatureInfo>() == 8 && offset_of!(FeatureInfo, submap) == 4);

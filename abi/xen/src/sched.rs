@@ -32,6 +32,7 @@ pub struct Shutdown {
     /// `SHUTDOWN_*`.
     pub reason: u32,
 }
+const _: () = assert!(size_of::<Shutdown>() == 4);
 
 /// `struct sched_poll`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -58,3 +59,4 @@ pub struct Watchdog {
     /// Seconds.
     pub timeout: u32,
 }
+const _: () = assert!(size_of::<Watchdog>() == 8 && offset_of!(Watchdog, timeout) == 4);
