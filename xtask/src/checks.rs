@@ -79,9 +79,12 @@ pub fn loom() -> miette::Result<()> {
 
 /// The crates whose tests Miri runs, each with further flags. Peers read and write shared memory
 /// by bytes and by words; Miri's store buffers, which emulate weak memory, know accesses of one
-/// size only, and loom has models for what they would find.
-const MIRI: [(&str, &str); 2] =
-    [("shmem", "-Zmiri-disable-weak-memory-emulation"), ("hv-core", "")];
+/// size only, and loom has models for what they would find. The core has no unsafe code: its
+/// tests run without the rules of borrows, which saves about a quarter of the time.
+const MIRI: [(&str, &str); 2] = [
+    ("shmem", "-Zmiri-disable-weak-memory-emulation"),
+    ("hv-core", "-Zmiri-disable-stacked-borrows"),
+];
 
 /// Runs the tests of shared memory and of the core's decisions under Miri.
 ///

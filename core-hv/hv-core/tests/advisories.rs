@@ -203,6 +203,7 @@ fn xsa_295_a_swap_that_always_loses_ends() {
 
 /// Ports until there are none.
 #[test]
+#[cfg_attr(miri, ignore = "a thousand times the same call")]
 fn xsa_317_ports_run_out_with_an_error() {
     let (mut system, guest, other, _) = three();
     let mut count = 0;

@@ -290,6 +290,7 @@ proptest! {
             act(&mut system, guests, &mut maps, op);
             system.check();
         }
+        system.check_whole();
         for guest in guests {
             system.destroy(guest);
             system.check();
