@@ -93,8 +93,11 @@ fn write(register: u32, value: u32) {
 fn command(apic_id: u32, what: u32) {
     if by_msr() {
         let value = u64::from(apic_id) << 32 | u64::from(what);
-        // What was written to memory is there before the interrupt is.
+        // What was written to memory is there before the interrupt is: SDM volume 3, section
+        // 11.12.3. A fence of loads keeps the write to the register behind the one of stores.
         core::sync::atomic::fence(Ordering::SeqCst);
+        // SAFETY: every processor with long mode has SSE2's LFENCE.
+        unsafe { core::arch::x86_64::_mm_lfence() };
         // SAFETY: the interrupt finds a handler.
         unsafe { Msr::new(0x800 + (COMMAND >> 4)).write(value) };
         return;

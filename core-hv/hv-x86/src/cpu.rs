@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "descriptor tables and control registers")]
 
 use crate::{paging, vcpu};
+use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::mem::offset_of;
 use hv_core::platform::{MAX_CPUS, Registers};
@@ -149,6 +150,9 @@ pub fn load_tables(cpu: usize) {
     unsafe { SS::set_reg(CORE_DATA) };
     // SAFETY: a free TSS.
     unsafe { load_tss(TSS_SELECTOR) };
+    // Ring 3 may name any selector: a table that firmware left must not give it descriptors.
+    // SAFETY: no local descriptor table is used.
+    unsafe { asm!("lldt {0:x}", in(reg) 0_u64, options(nostack, preserves_flags)) };
     // SAFETY: filled by `fill_idt`, and it lives forever.
     unsafe { lidt(&pointer(IDT.0.get() as u64, size_of::<[Gate; 256]>())) };
     load_registers(per_cpu as u64);

@@ -262,11 +262,12 @@ impl Platform for Machine {
 
     #[inline]
     fn run(&mut self, vcpu: &mut Vcpu, space: Space, ports: bool) -> Exit {
+        // Whatever happens next: hv-core takes it that the last space is left now.
+        self.load_space(space);
         if vcpu.registers().rip >= 1 << 47 {
             // Ring 3 would get it behind SYSCALL's or a jump's end; here it would be ours.
             return Exit::Fault { vector: GENERAL_PROTECTION, error: 0, address: 0 };
         }
-        self.load_space(space);
         if self.ports != ports {
             self.open_ports(ports);
         }

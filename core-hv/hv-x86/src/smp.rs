@@ -74,6 +74,8 @@ pub fn start(
             time::delay_us(20);
         }
     }
+    // It must not come later, when its slots and its stack are another's, or the page is gone.
+    apic::send_init(apic_id);
     false
 }
 
