@@ -17,7 +17,7 @@ use domain_api::{Access, Events, Grants, MappedGrant};
 use shmem::PeerError;
 use shmem::bytes::ByteRing;
 use xen_abi::grant::RESERVED_XENSTORE;
-use xen_abi::xenstore::{REQ_CONS, REQ_PROD, RING_SIZE, RSP_CONS, RSP_PROD};
+use xen_abi::xenstore::{RING_SIZE, RSP_CONS, RSP_PROD};
 use xen_abi::{DomainId, Errno, EventPort, Gfn};
 
 /// The store, connected to other domains.
@@ -206,11 +206,10 @@ impl<A: Grants + Events> Rings<A> {
     }
 }
 
-/// Drops what is left in a ring by an earlier incarnation, or by us for it. The next one has not
-/// been started yet, and will begin at these counters.
+/// Drops what we have left in a ring for an earlier incarnation. The restart has zeroed the page,
+/// so requests in it are the next one's, which may have been started by now.
 fn empty(mapping: &MappedGrant) {
     let page = &mapping.page;
-    page.u32(REQ_CONS).store(page.u32(REQ_PROD).load(Relaxed), Relaxed);
     page.u32(RSP_PROD).store(page.u32(RSP_CONS).load(Relaxed), Relaxed);
 }
 

@@ -2,7 +2,7 @@ use super::*;
 use domain_api::fake::{Domain, World};
 use proptest::{collection::vec, prelude::*};
 use shmem::Page;
-use xen_abi::xenstore::MessageKind;
+use xen_abi::xenstore::{MessageKind, REQ_PROD};
 use xenbus::{Client, Nodes, Store, Transport};
 
 const CONTROL: DomainId = DomainId(0);
