@@ -6,12 +6,16 @@ use crate::hypercall;
 use alloc::vec::Vec;
 use axolotl_abi::start::{GRANT_TABLE_GPA, GRANT_WINDOW_GPA, GRANT_WINDOW_PAGES};
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use domain_api::{Access, Direction, GrantCopy, Granter, Grants, MappedGrant};
+use domain_api::{
+    Access, DeviceGrants, Direction, DmaPage, GrantCopy, Granter, Grants, MapRequest,
+    MappedDmaGrant, MappedGrant,
+};
 use shmem::Page;
 use xen_abi::grant::{
-    COPY, CopyPtr, ENTRIES_PER_FRAME, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GNTMAP_HOST_MAP,
-    GNTMAP_READONLY, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_WRITING, GrantStatus,
-    MAP_GRANT_REF, MAX_FRAMES, MapGrantRef, RESERVED_ENTRIES, UNMAP_GRANT_REF, UnmapGrantRef,
+    COPY, CopyPtr, ENTRIES_PER_FRAME, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GNTMAP_DEVICE_MAP,
+    GNTMAP_HOST_MAP, GNTMAP_READONLY, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_WRITING,
+    GrantStatus, MAP_GRANT_REF, MAX_FRAMES, MapGrantRef, RESERVED_ENTRIES, UNMAP_GRANT_REF,
+    UnmapGrantRef,
 };
 use xen_abi::memory::SPACE_GRANT_TABLE;
 use xen_abi::{DomainId, Errno, Gfn, GrantRef, PAGE_SIZE};
@@ -132,38 +136,31 @@ impl Window {
     }
 }
 
-/// One page wanted from another domain.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MapRequest {
-    /// Whose page.
-    pub granter: DomainId,
-    /// Its grant.
-    pub gref: GrantRef,
-    /// How.
-    pub access: Access,
-}
-
 impl Domain {
     /// Maps several pages in as few hypercalls as possible. Each has its own result, in order.
     pub fn map_all(&mut self, requests: &[MapRequest]) -> Vec<Result<MappedGrant, GrantStatus>> {
         let mut results = Vec::with_capacity(requests.len());
         for part in requests.chunks(BATCH) {
-            self.map_batch(part, &mut results);
+            self.map_batch(part, 0, |done| {
+                results.push(done.map(|it| MappedGrant { page: it.page.page, handle: it.handle }));
+            });
         }
         results
     }
 
+    /// Maps up to [`BATCH`] pages, with `flags` besides those of the requests.
     fn map_batch(
         &mut self,
         requests: &[MapRequest],
-        results: &mut Vec<Result<MappedGrant, GrantStatus>>,
+        flags: u32,
+        mut done: impl FnMut(Result<MappedDmaGrant, GrantStatus>),
     ) {
         let mut window = self.window().borrow_mut();
         let mut batch = [MAP_NOTHING; BATCH];
         let mut count = 0;
         for (operation, request) in batch.iter_mut().zip(requests) {
             let Some(address) = window.take() else { break };
-            *operation = map_operation(request, address);
+            *operation = map_operation(request, address, flags);
             count += 1;
         }
         // SAFETY: 1. the structure is that of the operation. 2. Pages appear only in free slots
@@ -172,14 +169,17 @@ impl Domain {
         for operation in &batch[..count] {
             let status = answer.map_or(GrantStatus::GENERAL_ERROR, |_| operation.status);
             if status == GrantStatus::OKAY {
-                let (page, handle) = (page_at(operation.host_addr), operation.handle);
-                results.push(Ok(MappedGrant { page, handle }));
+                let (page, bus_address) = (page_at(operation.host_addr), operation.dev_bus_addr);
+                let page = DmaPage { page, bus_address };
+                done(Ok(MappedDmaGrant { page, handle: operation.handle }));
             } else {
                 window.give_back(operation.host_addr);
-                results.push(Err(status));
+                done(Err(status));
             }
         }
-        results.extend(requests[count..].iter().map(|_| Err(GrantStatus::NO_SPACE)));
+        for _ in &requests[count..] {
+            done(Err(GrantStatus::NO_SPACE));
+        }
     }
 
     /// Gives several mappings back in as few hypercalls as possible.
@@ -187,14 +187,17 @@ impl Domain {
     /// # Panics
     /// When other handles to one of the pages are left.
     pub fn unmap_all(&mut self, mappings: Vec<MappedGrant>) {
-        let mut mappings = mappings.into_iter();
+        self.unmap_each(mappings.into_iter().map(|it| (it.page, it.handle)));
+    }
+
+    fn unmap_each(&mut self, mut mappings: impl Iterator<Item = (Page, u32)>) {
         loop {
             let mut batch = [UNMAP_NOTHING; BATCH];
             let mut count = 0;
-            for (operation, mapping) in batch.iter_mut().zip(mappings.by_ref().take(BATCH)) {
-                assert_eq!(mapping.page.handles(), 1, "a page is unmapped while it is in use");
-                operation.host_addr = mapping.page.gfn().address();
-                operation.handle = mapping.handle;
+            for (operation, (page, handle)) in batch.iter_mut().zip(mappings.by_ref().take(BATCH)) {
+                assert_eq!(page.handles(), 1, "a page is unmapped while it is in use");
+                operation.host_addr = page.gfn().address();
+                operation.handle = handle;
                 count += 1;
             }
             if count == 0 {
@@ -237,14 +240,14 @@ const UNMAP_NOTHING: UnmapGrantRef = UnmapGrantRef {
     pad: 0,
 };
 
-fn map_operation(request: &MapRequest, address: u64) -> MapGrantRef {
+fn map_operation(request: &MapRequest, address: u64, flags: u32) -> MapGrantRef {
     let read_only = match request.access {
         Access::ReadOnly => GNTMAP_READONLY,
         Access::ReadWrite => 0,
     };
     MapGrantRef {
         host_addr: address,
-        flags: GNTMAP_HOST_MAP | read_only,
+        flags: GNTMAP_HOST_MAP | read_only | flags,
         gref: request.gref,
         dom: request.granter,
         ..MAP_NOTHING
@@ -272,6 +275,22 @@ fn copy_operation(operation: &GrantCopy) -> xen_abi::grant::GrantCopy {
     xen_abi::grant::GrantCopy { source, dest, len: operation.len, flags, status, pad: 0 }
 }
 
+impl DeviceGrants for Domain {
+    fn map_for_devices(
+        &mut self,
+        requests: &[MapRequest],
+        results: &mut Vec<Result<MappedDmaGrant, GrantStatus>>,
+    ) {
+        for part in requests.chunks(BATCH) {
+            self.map_batch(part, GNTMAP_DEVICE_MAP, |done| results.push(done));
+        }
+    }
+
+    fn unmap_from_devices(&mut self, mappings: &mut Vec<MappedDmaGrant>) {
+        self.unmap_each(mappings.drain(..).map(|it| (it.page.page, it.handle)));
+    }
+}
+
 impl Grants for Domain {
     fn map(
         &mut self,
@@ -284,7 +303,7 @@ impl Grants for Domain {
     }
 
     fn unmap(&mut self, mapping: MappedGrant) {
-        self.unmap_all(alloc::vec![mapping]);
+        self.unmap_each(core::iter::once((mapping.page, mapping.handle)));
     }
 
     fn copy(&mut self, operations: &mut [GrantCopy]) {

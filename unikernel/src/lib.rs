@@ -43,7 +43,6 @@ mod xenstore;
 pub use device::{Device, DeviceDma, Mmio};
 pub use domain::Domain;
 pub use domain_api;
-pub use grants::MapRequest;
 pub use log;
 pub use ports::SerialPort;
 pub use shmem::events::Ports;

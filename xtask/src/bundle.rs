@@ -177,7 +177,8 @@ mod tests {
     }
 
     fn system() -> System {
-        System { version: system::VERSION, name: "test".into(), domains: Vec::new() }
+        let (domains, drivers) = (Vec::new(), Vec::new());
+        System { version: system::VERSION, name: "test".into(), domains, drivers }
     }
 
     fn sample() -> Vec<u8> {

@@ -3,7 +3,7 @@
 //! Guests see Xen's ABI (`xen-abi`) and nothing of this, but for what a unikernel domain finds
 //! at its start ([`start`]). The rest is between the core and the holders of rights
 //! ([`control`], [`device`]), between the host tool and whoever loads an image ([`image`]), and
-//! between the host tool and the control domain ([`system`], [`protocol`]).
+//! between the host tool and the control domain ([`system`], [`drivers`], [`volume`], [`protocol`]).
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -13,12 +13,15 @@ extern crate alloc;
 
 pub mod control;
 pub mod device;
+pub mod drivers;
 pub mod image;
 #[cfg(feature = "alloc")]
 pub mod protocol;
 pub mod start;
 #[cfg(feature = "alloc")]
 pub mod system;
+#[cfg(feature = "alloc")]
+pub mod volume;
 
 /// Hypercall number of the control group, see [`control`]. Xen leaves 48..56 to the
 /// architecture and uses none of the last two on x86.

@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 /// Version of this encoding; the first field, so that an old reader can refuse a new bundle.
 pub const VERSION: u32 = 1;
 
+/// [`Domain::image`]: the one among [`System::drivers`] that serves the domain's first device.
+pub const FIND_DRIVER: u32 = u32::MAX;
+
 /// A whole system.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct System {
@@ -20,6 +23,17 @@ pub struct System {
     /// The domains to build, in the file's order; the control domain itself is not among them,
     /// the store domain is.
     pub domains: Vec<Domain>,
+    /// Images of driver domains that are in the bundle for domains with [`FIND_DRIVER`].
+    pub drivers: Vec<DriverImage>,
+}
+
+/// The image of a driver domain.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DriverImage {
+    /// Its name in [`crate::drivers::DRIVERS`].
+    pub driver: String,
+    /// Index of its flat image in the bundle.
+    pub image: u32,
 }
 
 /// What a domain is for; decides rights, class and what its builder writes to the store.
@@ -42,7 +56,8 @@ pub struct Domain {
     pub name: String,
     /// What it is for.
     pub role: Role,
-    /// Index of its flat image in the bundle.
+    /// Index of its flat image in the bundle. A driver domain whose driver is to be found from
+    /// its first PCI function has [`FIND_DRIVER`].
     pub image: u32,
     /// Memory, all included.
     pub memory_pages: u32,
@@ -66,6 +81,8 @@ pub struct Domain {
     pub devices: Vec<Device>,
     /// Its network interfaces.
     pub vifs: Vec<Vif>,
+    /// Its disks.
+    pub disks: Vec<Disk>,
     /// `extra` of the system file: free text for the domain, handed over as its configuration.
     pub extra: String,
 }
@@ -118,4 +135,21 @@ pub struct Vif {
     pub backend: String,
     /// Ethernet address.
     pub mac: [u8; 6],
+}
+
+/// A disk of a guest.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// Name of the driver domain that serves it.
+    pub backend: String,
+    /// What it is called in the guest, such as `xvda`.
+    pub dev: String,
+    /// What of the backend's disk it is, in the form of [`crate::volume::Volume`].
+    pub volume: String,
+    /// Whether the guest may write it.
+    pub writable: bool,
+    /// Whether the volume holds a qcow2 image, whose content is the disk.
+    pub cow: bool,
+    /// The volume that a qcow2 image's unwritten parts come from, if any; it is never written.
+    pub backing: Option<String>,
 }

@@ -9,6 +9,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod blkif;
 pub mod errno;
 pub mod event;
 pub mod grant;

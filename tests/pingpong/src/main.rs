@@ -16,9 +16,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use domain_api::{
     Access, Direction, DomainId, Errno, EventPort, Events, GrantCopy, GrantRef, GrantStatus,
-    Granter, Grants, Page,
+    Granter, Grants, MapRequest, Page,
 };
-use unikernel::{Domain, MapRequest, XenstoreRing, println};
+use unikernel::{Domain, XenstoreRing, println};
 use xenbus::{Client, Nodes, Permission};
 
 unikernel::main!(run);

@@ -435,6 +435,7 @@ pub fn system() -> System {
         budget_us: 0,
         period_us: 0,
         devices: Vec::new(),
+        disks: vec![],
         vifs: Vec::new(),
         extra: String::new(),
     };
@@ -444,7 +445,12 @@ pub fn system() -> System {
     demo.vifs.push(Vif { backend: "net0".into(), mac: [0, 0x16, 0x3e, 0, 0, 1] });
     demo.extra = "ip=dhcp".into();
     let store = domain("store", Role::Store, 1);
-    System { version: VERSION, name: "fake".into(), domains: vec![store, net0, demo] }
+    System {
+        version: VERSION,
+        name: "fake".into(),
+        domains: vec![store, net0, demo],
+        drivers: vec![],
+    }
 }
 
 /// A bundle with [`system`].

@@ -62,7 +62,7 @@ pub(crate) fn compile(source: Source, file: &schema::File) -> Checked<Compiled> 
     let warnings = warnings(&machine, &domains);
     let mut memory_spans: Vec<_> = file.domain.iter().map(|d| d.get_ref().memory.span()).collect();
     memory_spans.push(control_mib.map_or_else(|| file.machine.span(), Spanned::span));
-    let system = System { version: system::VERSION, name, domains };
+    let system = System { version: system::VERSION, name, domains, drivers: Vec::new() };
     Ok(Compiled { machine, system, images, control_pages, warnings, memory_spans, source })
 }
 
@@ -326,6 +326,7 @@ impl Rules<'_> {
                 period_us,
                 devices: self.devices(d, machine, &mut claimed)?,
                 vifs: self.vifs(d, file, &roles, &mut macs)?,
+                disks: Vec::new(),
                 extra,
             });
         }

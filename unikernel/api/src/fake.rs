@@ -21,8 +21,9 @@
 //! ```
 
 use crate::{
-    Access, Clock, Direction, Dma, DmaPage, DomainId, Errno, EventPort, Events, GrantCopy,
-    GrantRef, GrantStatus, Granter, Grants, MappedGrant, Page,
+    Access, Clock, DeviceGrants, Direction, Dma, DmaPage, DomainId, Errno, EventPort, Events,
+    GrantCopy, GrantRef, GrantStatus, Granter, Grants, MapRequest, MappedDmaGrant, MappedGrant,
+    Page,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -69,7 +70,10 @@ struct Record {
     pending: BTreeSet<u32>,
     grants: BTreeMap<u32, Grant>,
     mappings: BTreeMap<u32, Mapping>,
+    /// What devices reach, by bus address.
     dma: BTreeMap<u64, Page>,
+    /// Bus addresses of mapped grants, by handle.
+    dma_handles: BTreeMap<u32, u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,6 +133,7 @@ impl World {
         record.alive = false;
         record.grants.clear();
         record.dma.clear();
+        record.dma_handles.clear();
         let ports: Vec<u32> = record.ports.keys().copied().collect();
         let mappings = core::mem::take(&mut record.mappings);
         for port in ports {
@@ -179,7 +184,7 @@ impl World {
     }
 
     /// The memory behind a bus address, for the model of a device: a page that a domain got from
-    /// [`Dma::alloc`], and the offset in it.
+    /// [`Dma::alloc`] or [`Grants::map_for_devices`], and the offset in it.
     #[must_use]
     pub fn at_bus_address(&self, address: u64) -> Option<(Page, usize)> {
         let state = self.state();
@@ -259,6 +264,12 @@ impl State {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         Ok(grant)
+    }
+
+    fn next_bus_address(&mut self) -> u64 {
+        let address = FIRST_BUS_ADDRESS + self.bus_pages * PAGE_SIZE as u64;
+        self.bus_pages += 1;
+        address
     }
 
     fn unpin(&mut self, mapping: &Mapping) {
@@ -393,6 +404,42 @@ impl Events for Domain {
     }
 }
 
+impl DeviceGrants for Domain {
+    fn map_for_devices(
+        &mut self,
+        requests: &[MapRequest],
+        results: &mut Vec<Result<MappedDmaGrant, GrantStatus>>,
+    ) {
+        for request in requests {
+            let mapped = self.map(request.granter, request.gref, request.access);
+            results.push(mapped.and_then(|MappedGrant { page, handle }| {
+                let mut state = self.live().ok_or(GrantStatus::GENERAL_ERROR)?;
+                let bus_address = state.next_bus_address();
+                if let Some(record) = state.domains.get_mut(&self.id) {
+                    // An alias, so that the user's handles are counted by themselves.
+                    record.dma.insert(bus_address, page.alias());
+                    record.dma_handles.insert(handle, bus_address);
+                }
+                let page = page.alias();
+                Ok(MappedDmaGrant { page: DmaPage { page, bus_address }, handle })
+            }));
+        }
+    }
+
+    /// # Panics
+    /// When other handles to the page are left, or there is no such mapping.
+    fn unmap_from_devices(&mut self, mappings: &mut Vec<MappedDmaGrant>) {
+        for mapping in mappings.drain(..) {
+            let handle = mapping.handle;
+            self.with(|record| {
+                let address = record.dma_handles.remove(&handle).expect("the mapping exists");
+                record.dma.remove(&address);
+            });
+            self.unmap(MappedGrant { page: mapping.page.page, handle });
+        }
+    }
+}
+
 impl Grants for Domain {
     fn map(
         &mut self,
@@ -470,8 +517,7 @@ impl Clock for Domain {
 impl Dma for Domain {
     fn alloc(&mut self) -> Result<DmaPage, Errno> {
         let mut state = self.live().ok_or(Errno::ESRCH)?;
-        let bus_address = FIRST_BUS_ADDRESS + state.bus_pages * PAGE_SIZE as u64;
-        state.bus_pages += 1;
+        let bus_address = state.next_bus_address();
         let page = Page::new_zeroed();
         if let Some(record) = state.domains.get_mut(&self.id) {
             record.dma.insert(bus_address, page.clone());
@@ -591,6 +637,24 @@ mod tests {
         let mut read = [0; 7];
         ours.read(1, &mut read);
         assert_eq!(&read, b"payload");
+    }
+
+    #[test]
+    fn devices_find_mapped_grants() {
+        let (world, mut guest, mut driver) = pair();
+        let page = Page::new_zeroed();
+        let gref = guest.grant(DRIVER, &page, Access::ReadWrite).unwrap();
+        let wanted = |gref| MapRequest { granter: GUEST, gref, access: Access::ReadWrite };
+        let mut results = Vec::new();
+        driver.map_for_devices(&[wanted(gref), wanted(GrantRef(99))], &mut results);
+        assert_eq!(results.pop().map(|it| it.err()), Some(Some(GrantStatus::GENERAL_ERROR)));
+        let mut mapped: Vec<_> = results.into_iter().map(Result::unwrap).collect();
+        let address = mapped[0].page.bus_address;
+        assert!(world.at_bus_address(address).unwrap().0.is_same(&page));
+        assert_eq!(guest.revoke(gref), Err(Errno::EBUSY));
+        driver.unmap_from_devices(&mut mapped);
+        assert!(world.at_bus_address(address).is_none());
+        assert_eq!(guest.revoke(gref), Ok(()));
     }
 
     #[test]

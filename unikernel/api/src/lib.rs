@@ -9,10 +9,12 @@
 
 extern crate alloc;
 
+pub mod disk;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod nic;
 
+use alloc::vec::Vec;
 pub use shmem::Page;
 pub use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef, grant::GrantStatus};
 
@@ -67,12 +69,48 @@ pub trait Grants {
     fn copy(&mut self, operations: &mut [GrantCopy]);
 }
 
+/// Pages that others granted to us, for devices that we own.
+pub trait DeviceGrants: Grants {
+    /// Maps several pages so that the domain's devices reach them too, in as few hypercalls as
+    /// possible. Each has its own result, in order, added to `results`.
+    fn map_for_devices(
+        &mut self,
+        requests: &[MapRequest],
+        results: &mut Vec<Result<MappedDmaGrant, GrantStatus>>,
+    );
+
+    /// Gives all `mappings` back, in as few hypercalls as possible, and leaves none. All other
+    /// handles to their pages must be gone, and no device uses them any more.
+    fn unmap_from_devices(&mut self, mappings: &mut Vec<MappedDmaGrant>);
+}
+
 /// A page of another domain, mapped here.
 #[derive(Debug)]
 #[must_use = "a mapping pins the other domain's page until it is given to `Grants::unmap`"]
 pub struct MappedGrant {
     /// The page.
     pub page: Page,
+    /// What the core calls the mapping.
+    pub handle: u32,
+}
+
+/// One page wanted from another domain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MapRequest {
+    /// Whose page.
+    pub granter: DomainId,
+    /// Its grant.
+    pub gref: GrantRef,
+    /// How.
+    pub access: Access,
+}
+
+/// A page of another domain, mapped here and for this domain's devices.
+#[derive(Debug)]
+#[must_use = "a mapping pins the other domain's page until it is given back"]
+pub struct MappedDmaGrant {
+    /// The page, for us and for the devices.
+    pub page: DmaPage,
     /// What the core calls the mapping.
     pub handle: u32,
 }
