@@ -2,9 +2,11 @@
 
 use crate::domain::{Domain, page_at};
 use axolotl_abi::start::XENSTORE_RING_GPA;
+use core::sync::atomic::Ordering::Acquire;
 use domain_api::Events;
 use shmem::PeerError;
 use shmem::bytes::ByteRing;
+use xen_abi::xenstore::{CONNECTED, CONNECTION};
 use xen_abi::{Errno, EventPort};
 
 /// The xenstore ring and its port.
@@ -21,12 +23,18 @@ pub struct XenstoreRing {
 }
 
 impl XenstoreRing {
+    /// Waits until the store has taken notice of this incarnation.
     pub(crate) fn open(domain: &Domain) -> Result<Self, Errno> {
         let port = domain.start_info().xenstore_port;
         if port == EventPort(0) {
             return Err(Errno::ENODEV);
         }
-        let ring = ByteRing::xenstore_client(page_at(XENSTORE_RING_GPA));
+        let page = page_at(XENSTORE_RING_GPA);
+        // Until then the store may still be at work for our last incarnation.
+        while page.u32(CONNECTION).load(Acquire) != CONNECTED {
+            domain.wait_for(port, None);
+        }
+        let ring = ByteRing::xenstore_client(page);
         Ok(Self { domain: domain.clone(), ring, port, lost: false })
     }
 

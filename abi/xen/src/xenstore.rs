@@ -33,8 +33,12 @@ pub const RSP_CONS: usize = 2056;
 pub const RSP_PROD: usize = 2060;
 /// Offset of `server_features`.
 pub const SERVER_FEATURES: usize = 2064;
-/// Offset of `connection`: 0 connected, 1 reconnect wanted.
+/// Offset of `connection`: [`CONNECTED`] or [`RECONNECT`].
 pub const CONNECTION: usize = 2068;
+/// `connection`: both sides use the ring.
+pub const CONNECTED: u32 = 0;
+/// `connection`: the domain waits until the store has emptied the ring.
+pub const RECONNECT: u32 = 1;
 /// Offset of `error`.
 pub const ERROR: usize = 2072;
 

@@ -13,6 +13,7 @@ use axolotl_abi::start::{
 };
 use axolotl_abi::system::{Dma, Domain, Role};
 use core::mem::size_of;
+use xen_abi::xenstore::{CONNECTION, RECONNECT};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
 use xenbus::device::Device;
 use zerocopy::IntoBytes;
@@ -169,6 +170,10 @@ impl<'b> Managed<'b> {
             None
         } else {
             let port = hv.alloc_unbound(self.domid, STORE).map_err(at("its store port"))?;
+            // What the store has under way for an earlier life must not meet the next one.
+            let connection = XENSTORE_RING_GPA + CONNECTION as u64;
+            let reconnect = RECONNECT.to_le_bytes();
+            hv.load(self.domid, connection, &reconnect).map_err(at("its ring"))?;
             let ring = Gfn::containing(XENSTORE_RING_GPA).0;
             hv.set_grant(self.domid, STORE, XENSTORE_GRANT, ring).map_err(at("its ring"))?;
             Some(port)

@@ -195,9 +195,9 @@ fn a_driver_restarts_in_place_and_the_tree_does_not_change() {
     assert_eq!(net0.pages, pages);
     assert_eq!(rig.store.generation(), before, "a node changed");
     let log = rig.core().log.join(", ");
-    // 150,000 bytes of code in three loads, the data, the start info.
-    let wanted = "restart d2, load d2, load d2, load d2, load d2, alloc_unbound d2, set_grant d2, \
-                  load d2, set_start d2, unpause d2";
+    // 150,000 bytes of code in three loads, the data, the ring's state, the start info.
+    let wanted = "restart d2, load d2, load d2, load d2, load d2, alloc_unbound d2, load d2, \
+                  set_grant d2, load d2, set_start d2, unpause d2";
     assert_eq!(log, wanted);
     let (info, _) = StartInfo::read_from_prefix(&net0.loaded[&START_INFO_GPA]).unwrap();
     assert_eq!((info.incarnation, info.xenstore_port), (2, EventPort(2)));

@@ -12,12 +12,14 @@
 use crate::server::{Host, Server};
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use domain_api::{Access, Events, Grants, MappedGrant};
-use shmem::PeerError;
 use shmem::bytes::ByteRing;
+use shmem::{Page, PeerError};
 use xen_abi::grant::RESERVED_XENSTORE;
-use xen_abi::xenstore::{RING_SIZE, RSP_CONS, RSP_PROD};
+use xen_abi::xenstore::{
+    CONNECTED, CONNECTION, RECONNECT, REQ_CONS, REQ_PROD, RING_SIZE, RSP_CONS, RSP_PROD,
+};
 use xen_abi::{DomainId, Errno, EventPort, Gfn};
 
 /// The store, connected to other domains.
@@ -45,15 +47,6 @@ struct Ring {
     broken: bool,
 }
 
-/// What a connection finds in a ring.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Start {
-    /// What the domain wrote is for us.
-    AsFound,
-    /// What is left was meant for an earlier connection.
-    Emptied,
-}
-
 impl<A: Grants + Events> Service<A> {
     /// A store that serves nobody yet.
     pub const fn new(server: Server, api: A) -> Self {
@@ -66,7 +59,7 @@ impl<A: Grants + Events> Service<A> {
     /// `EINVAL` when its ring cannot be mapped, or its port cannot be bound.
     pub fn connect(&mut self, domid: DomainId, port: EventPort) -> Result<(), Errno> {
         self.server.disconnect(domid);
-        self.rings.connect(domid, port, Start::AsFound)?;
+        self.rings.connect(domid, port)?;
         self.server.connect(domid);
         Ok(())
     }
@@ -175,7 +168,7 @@ impl<A: Grants + Events> Rings<A> {
         }
     }
 
-    fn connect(&mut self, domid: DomainId, port: EventPort, start: Start) -> Result<(), Errno> {
+    fn connect(&mut self, domid: DomainId, port: EventPort) -> Result<(), Errno> {
         self.disconnect(domid);
         let mapping = self
             .api
@@ -190,11 +183,10 @@ impl<A: Grants + Events> Rings<A> {
                 return Err(Errno::EINVAL);
             }
         };
-        if start == Start::Emptied {
-            empty(&mapping);
-        }
+        reconnect(&mapping.page);
         let bytes = ByteRing::xenstore_server(mapping.page.clone());
         self.by_domain.insert(domid, Ring { port, mapping, bytes, ready: true, broken: false });
+        self.api.notify(port);
         Ok(())
     }
 
@@ -206,17 +198,21 @@ impl<A: Grants + Events> Rings<A> {
     }
 }
 
-/// Drops what we have left in a ring for an earlier incarnation. The restart has zeroed the page,
-/// so requests in it are the next one's, which may have been started by now.
-fn empty(mapping: &MappedGrant) {
-    let page = &mapping.page;
-    page.u32(RSP_PROD).store(page.u32(RSP_CONS).load(Relaxed), Relaxed);
+/// Empties the ring of a domain that waits for it (`XENSTORE_RECONNECT` of `xs_wire.h`): we may
+/// have written to it for an earlier incarnation after it was zeroed.
+fn reconnect(page: &Page) {
+    if page.u32(CONNECTION).load(Acquire) != RECONNECT {
+        return;
+    }
+    for counter in [REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD] {
+        page.u32(counter).store(0, Relaxed);
+    }
+    page.u32(CONNECTION).store(CONNECTED, Release);
 }
 
 impl<A: Grants + Events> Host for Rings<A> {
     fn introduce(&mut self, domid: DomainId, _: Gfn, port: EventPort) -> Result<(), Errno> {
-        let known = self.by_domain.contains_key(&domid);
-        self.connect(domid, port, if known { Start::Emptied } else { Start::AsFound })
+        self.connect(domid, port)
     }
 
     fn release(&mut self, domid: DomainId) {

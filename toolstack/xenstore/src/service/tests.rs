@@ -170,20 +170,42 @@ fn the_next_incarnation_finds_a_clean_ring() {
     let page = first.transport().ring.page().clone();
     let world = rig.0.borrow().world.clone();
     world.kill(DomainId(5));
-    // The core zeroes the page; then something happens that the dead one watched.
+    // The core zeroes the page, the control domain has the next one wait for us; then something
+    // happens that the dead one watched.
     page.clear();
+    page.u32(CONNECTION).store(RECONNECT, Relaxed);
     control.write("/local/domain/5/data", b"1").unwrap();
     rig.run();
-    let domain = world.domain(DomainId(5));
+    assert_ne!(page.u32(RSP_PROD).load(Relaxed), 0, "the store wrote for the dead one");
+    let mut domain = world.domain(DomainId(5));
     world.set_grant(DomainId(5), RESERVED_XENSTORE, STORE, &page);
     let port = world.alloc_unbound_in(DomainId(5), STORE).unwrap();
     control.introduce(DomainId(5), Gfn(0), port).unwrap();
+    assert_eq!(page.u32(CONNECTION).load(Relaxed), CONNECTED);
+    assert_eq!(domain.take_pending(), [port], "it waits for this");
     let ring = ByteRing::xenstore_client(page);
     let mut next = Client::new(RingTransport { rig, domain, port, ring });
     assert_eq!(next.read("data").unwrap(), b"1");
     next.watch("data", "new").unwrap();
     assert_eq!(next.next_event().map(|event| event.token).as_deref(), Some("new"));
     assert_eq!(next.next_event(), None);
+}
+
+/// A domain may be started before the store hears of it: what it has asked by then is answered.
+#[test]
+fn requests_wait_in_the_ring_for_the_introduction() {
+    let (rig, mut control) = Rig::new();
+    for life in 1..=2 {
+        let (port, mut guest) = rig.domain(DomainId(5));
+        let mut request = Vec::new();
+        let kind = MessageKind::GET_DOMAIN_PATH;
+        xenbus::wire::encode(&mut request, kind, 7, 0, &[b"5\0"]).unwrap();
+        assert_eq!(guest.transport().send(&request), request.len());
+        control.introduce(DomainId(5), Gfn(0), port).unwrap();
+        rig.run();
+        assert!(guest.transport().ring.readable().unwrap() > 16, "life {life} has its answer");
+        rig.0.borrow().world.kill(DomainId(5));
+    }
 }
 
 #[test]
