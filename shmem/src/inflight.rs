@@ -6,7 +6,7 @@
 //! copy here, in a page that outlives the incarnation. The next incarnation finds in
 //! `[rsp_prod, consumed)` what was under way, whatever the ring's slots have become.
 //!
-//! One page, written by the backend alone:
+//! One page, or as many as the ring has, written by the backend alone:
 //!
 //! | bytes  | field        | meaning                                                       |
 //! |--------|--------------|---------------------------------------------------------------|
@@ -28,6 +28,8 @@
 
 use crate::page::Page;
 use crate::sync::Ordering::{Relaxed, Release};
+use crate::{read_across, write_across};
+use alloc::vec::Vec;
 use xen_abi::{DomainId, EventPort, GrantRef, PAGE_SIZE};
 
 /// First word of a valid table: "AXIF".
@@ -57,10 +59,11 @@ pub struct Identity {
     pub port: EventPort,
 }
 
-/// A preserved page that holds the private copies of a ring's requests.
+/// Preserved pages that hold the private copies of a ring's requests.
 #[derive(Debug)]
 pub struct InflightTable {
-    page: Page,
+    /// The first one has the head.
+    pages: Vec<Page>,
     slot_bytes: usize,
     mask: u32,
 }
@@ -70,20 +73,31 @@ impl InflightTable {
     /// there (zeros when there was none).
     #[must_use]
     pub fn new(page: Page) -> Self {
-        Self { page, slot_bytes: 0, mask: 0 }
+        Self::with_pages(alloc::vec![page])
+    }
+
+    /// The same of several pages, for a ring of several pages. The first names the table: it is
+    /// the one that is made to forget.
+    ///
+    /// # Panics
+    /// When there are none.
+    #[must_use]
+    pub fn with_pages(pages: Vec<Page>) -> Self {
+        assert!(!pages.is_empty(), "an in-flight table has a page");
+        Self { pages, slot_bytes: 0, mask: 0 }
     }
 
     /// Makes sure that nothing will be taken from this table again. For a connection that ended
     /// in good order.
     pub fn forget(&mut self) {
-        self.page.u32(OFFSET_MAGIC).store(0, Release);
+        self.pages[0].u32(OFFSET_MAGIC).store(0, Release);
     }
 
     /// Says for which ring the table is. Returns `consumed` if it was for the same one before,
     /// and `None` after having started it anew at `start`.
     ///
     /// # Panics
-    /// When the entries do not fit the page.
+    /// When the entries do not fit the pages.
     pub(crate) fn open(
         &mut self,
         identity: Identity,
@@ -92,8 +106,8 @@ impl InflightTable {
         start: u32,
     ) -> Option<u32> {
         assert!(
-            ENTRIES + slots as usize * slot_bytes <= PAGE_SIZE,
-            "an in-flight table holds the requests of one ring of one page"
+            ENTRIES + slots as usize * slot_bytes <= self.pages.len() * PAGE_SIZE,
+            "an in-flight table has as many pages as its ring"
         );
         self.slot_bytes = slot_bytes;
         self.mask = slots - 1;
@@ -104,12 +118,12 @@ impl InflightTable {
             return Some(self.load(OFFSET_CONSUMED));
         }
         // Invalid until it is complete, should we die in between.
-        self.page.u32(OFFSET_MAGIC).store(0, Release);
+        self.pages[0].u32(OFFSET_MAGIC).store(0, Release);
         for (offset, value) in wanted {
-            self.page.u32(offset).store(value, Release);
+            self.pages[0].u32(offset).store(value, Release);
         }
-        self.page.u32(OFFSET_CONSUMED).store(start, Release);
-        self.page.u32(OFFSET_MAGIC).store(MAGIC, Release);
+        self.pages[0].u32(OFFSET_CONSUMED).store(start, Release);
+        self.pages[0].u32(OFFSET_MAGIC).store(MAGIC, Release);
         None
     }
 
@@ -126,7 +140,7 @@ impl InflightTable {
     }
 
     fn load(&self, offset: usize) -> u32 {
-        self.page.u32(offset).load(Relaxed)
+        self.pages[0].u32(offset).load(Relaxed)
     }
 
     fn entry(&self, index: u32) -> usize {
@@ -136,12 +150,12 @@ impl InflightTable {
     /// Keeps the copy of request `index`, and only then counts it as consumed.
     #[inline]
     pub(crate) fn store(&mut self, index: u32, request: &[u8]) {
-        self.page.write(self.entry(index), request);
-        self.page.u32(OFFSET_CONSUMED).store(index.wrapping_add(1), Release);
+        write_across(&self.pages, self.entry(index), request);
+        self.pages[0].u32(OFFSET_CONSUMED).store(index.wrapping_add(1), Release);
     }
 
     /// The copy of request `index`.
     pub(crate) fn copy(&self, index: u32, request: &mut [u8]) {
-        self.page.read(self.entry(index), request);
+        read_across(&self.pages, self.entry(index), request);
     }
 }

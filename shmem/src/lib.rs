@@ -27,6 +27,7 @@ mod page;
 pub mod ring;
 
 pub use page::Page;
+use xen_abi::PAGE_SIZE;
 
 /// The atomics that everything here is made of; loom's when loom checks it.
 pub(crate) mod sync {
@@ -66,4 +67,33 @@ fn check_counter(claimed: u32, from: u32, limit: u32) -> Result<(), PeerError> {
         return Err(PeerError::BadCounter { claimed, limit });
     }
     Ok(())
+}
+
+/// Copies from `offset` on out of pages that are taken as one piece of memory. What is copied
+/// lies in one page or in two.
+#[inline]
+fn read_across(pages: &[Page], offset: usize, bytes: &mut [u8]) {
+    if let [page] = pages {
+        return page.read(offset, bytes);
+    }
+    let (page, at) = (offset / PAGE_SIZE, offset % PAGE_SIZE);
+    let (head, tail) = bytes.split_at_mut(bytes.len().min(PAGE_SIZE - at));
+    pages[page].read(at, head);
+    if !tail.is_empty() {
+        pages[page + 1].read(0, tail);
+    }
+}
+
+/// The same in the other direction.
+#[inline]
+fn write_across(pages: &[Page], offset: usize, bytes: &[u8]) {
+    if let [page] = pages {
+        return page.write(offset, bytes);
+    }
+    let (page, at) = (offset / PAGE_SIZE, offset % PAGE_SIZE);
+    let (head, tail) = bytes.split_at(bytes.len().min(PAGE_SIZE - at));
+    pages[page].write(at, head);
+    if !tail.is_empty() {
+        pages[page + 1].write(0, tail);
+    }
 }

@@ -17,7 +17,7 @@ use crate::inflight::{Identity, InflightTable};
 use crate::page::Page;
 use crate::sync::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use crate::sync::fence;
-use crate::{PeerError, check_counter};
+use crate::{PeerError, check_counter, read_across, write_across};
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::mem::size_of;
@@ -63,30 +63,12 @@ impl Slots {
 
     #[inline]
     fn read(&self, index: u32, bytes: &mut [u8]) {
-        let offset = self.offset(index);
-        if let [page] = self.pages.as_slice() {
-            return page.read(offset, bytes);
-        }
-        let (page, at) = (offset / PAGE_SIZE, offset % PAGE_SIZE);
-        let (head, tail) = bytes.split_at_mut(bytes.len().min(PAGE_SIZE - at));
-        self.pages[page].read(at, head);
-        if !tail.is_empty() {
-            self.pages[page + 1].read(0, tail);
-        }
+        read_across(&self.pages, self.offset(index), bytes);
     }
 
     #[inline]
     fn write(&self, index: u32, bytes: &[u8]) {
-        let offset = self.offset(index);
-        if let [page] = self.pages.as_slice() {
-            return page.write(offset, bytes);
-        }
-        let (page, at) = (offset / PAGE_SIZE, offset % PAGE_SIZE);
-        let (head, tail) = bytes.split_at(bytes.len().min(PAGE_SIZE - at));
-        self.pages[page].write(at, head);
-        if !tail.is_empty() {
-            self.pages[page + 1].write(0, tail);
-        }
+        write_across(&self.pages, self.offset(index), bytes);
     }
 
     /// Publishes a counter that moved from `old` to `new`, and says whether the peer, which left

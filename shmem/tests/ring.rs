@@ -358,10 +358,12 @@ fn a_taken_request_is_a_private_copy() {
     assert_eq!(attach(&ring, &table, ME).unwrap().take().unwrap(), Some(request(0)));
 }
 
-/// Slots of 12 bytes do not divide a page: with two pages one of them straddles the border.
+/// Slots of 13 bytes do not divide a page: with two pages one of them straddles the border, in the
+/// ring as in the in-flight table.
 #[test]
-fn a_ring_may_have_several_pages() {
-    let pages = vec![Page::new_zeroed(), Page::new_zeroed()];
+fn a_ring_and_its_table_may_have_several_pages() {
+    let two = || vec![Page::new_zeroed(), Page::new_zeroed()];
+    let (pages, tables) = (two(), two());
     let mut front = FrontRing::<[u8; 13], [u8; 3]>::with_pages(pages.clone());
     assert_eq!(front.len(), 512);
     let value = |n: u32| core::array::from_fn(|i| n.to_le_bytes()[i % 4] ^ i.to_le_bytes()[0]);
@@ -369,18 +371,26 @@ fn a_ring_may_have_several_pages() {
         front.push(&value(n));
     }
     let _ = front.publish();
-    let mut second = FrontRing::<[u8; 13], [u8; 3]>::with_pages(vec![Page::new_zeroed()]);
-    assert_eq!(second.len(), 256);
-    second.push(&value(1));
-    // A table of one page holds the smaller ring only, so read the big one's slots by hand.
-    let mut bytes = Vec::new();
-    for page in &pages {
-        let mut part = [0; 4096];
-        page.read(0, &mut part);
-        bytes.extend_from_slice(&part);
-    }
+    let attach = || {
+        let table = InflightTable::with_pages(tables.clone());
+        BackRing::<[u8; 13], [u8; 3]>::attach(pages.clone(), table, ME).unwrap()
+    };
+    let mut back = attach();
     for n in 0..512 {
-        let at = SLOTS + n as usize * 13;
-        assert_eq!(bytes[at..at + 13], value(n));
+        assert_eq!(back.take(), Ok(Some(value(n))));
+    }
+    for _ in 0..400 {
+        back.respond(&[0xaa; 3]);
+    }
+    drop(back);
+    let mut back = attach();
+    assert_eq!(back.replayed(), 512);
+    for n in 0..512 {
+        assert_eq!(back.take(), Ok(Some(value(n))));
+        back.respond(&[n.to_le_bytes()[0]; 3]);
+    }
+    let _ = back.publish();
+    for n in 0..512_u32 {
+        assert_eq!(front.take(), Ok(Some([n.to_le_bytes()[0]; 3])));
     }
 }
