@@ -47,7 +47,7 @@ fn elsewhere(system: &mut System) -> DomainId {
     system.wake(guest);
     system.step(1);
     system.step(1);
-    assert_eq!(system.core.lock().domain(guest).unwrap().vcpu.on_cpu, Some(1));
+    assert_eq!(system.core.lock().domain(guest).unwrap().vcpu().on_cpu, Some(1));
     system.p.machine().kicks.clear();
     guest
 }
@@ -55,7 +55,7 @@ fn elsewhere(system: &mut System) -> DomainId {
 /// CPU time of each, without disturbing anybody.
 fn used(system: &System, domains: &[DomainId]) -> Vec<u64> {
     let core = system.core.lock();
-    domains.iter().map(|&id| core.domain(id).unwrap().vcpu.cpu_ns).collect()
+    domains.iter().map(|&id| core.domain(id).unwrap().vcpu().cpu_ns).collect()
 }
 
 fn gained(system: &mut System, domains: &[DomainId], ns: u64) -> Vec<u64> {
@@ -74,7 +74,7 @@ fn gained(system: &mut System, domains: &[DomainId], ns: u64) -> Vec<u64> {
         }
         let is_busy = {
             let core = system.core.lock();
-            (0..64).filter_map(|id| core.domain(DomainId(id))).any(|d| d.vcpu.on_cpu.is_some())
+            (0..64).filter_map(|id| core.domain(DomainId(id))).any(|d| d.vcpu().on_cpu.is_some())
         };
         let mut machine = system.p.machine();
         if machine.now_ns == now && !is_busy {
@@ -169,8 +169,10 @@ fn yield_lets_an_equal_run_and_alone_changes_nothing() {
     let mut system = System::new();
     let polite = create(&mut system, CLASS_GUEST, 0, 0);
     let other = create(&mut system, CLASS_GUEST, 0, 0);
-    system.program(polite, |p, registers, _| {
-        p.machine().now_ns += 50_000;
+    // Miri takes its time for each step.
+    let work_ns = if cfg!(miri) { MS } else { 50_000 };
+    system.program(polite, move |p, registers, _| {
+        p.machine().now_ns += work_ns;
         hv_core::fake::issue(registers, SCHED_OP, [sched::YIELD, 0, 0, 0, 0])
     });
     system.wake(polite);
@@ -202,7 +204,7 @@ fn a_wakeup_kicks_an_idle_processor_and_else_displaces_the_least() {
     for cpu in [0, 1, 1, 2, 2] {
         system.step(cpu);
     }
-    let on_cpu = |system: &System, id| system.core.lock().domain(id).unwrap().vcpu.on_cpu;
+    let on_cpu = |system: &System, id| system.core.lock().domain(id).unwrap().vcpu().on_cpu;
     assert!(guests.iter().all(|&guest| on_cpu(&system, guest).is_some()));
     // All run guests; a driver displaces one of them at once.
     system.p.machine().kicks.clear();
