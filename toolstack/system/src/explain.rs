@@ -1,7 +1,7 @@
 //! What a system file means, in words: who owns what, and who may talk to whom.
 
 use crate::{Compiled, NicNet, bdf_text, mac_text};
-use axolotl_abi::system::{Dma, Domain, OnEnd, Role};
+use axolotl_abi::system::{Disk, Dma, Domain, FIND_DRIVER, OnEnd, Role};
 use std::fmt::Write as _;
 
 /// The text of `axl check FILE`.
@@ -17,11 +17,12 @@ fn write(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
     let Compiled { machine, system, .. } = compiled;
     writeln!(
         text,
-        "system `{}`: {} MiB, {}, {}, {} and the control domain\n",
+        "system `{}`: {} MiB, {}, {}, {}, {} and the control domain\n",
         system.name,
         machine.memory_mib,
         count(machine.cpus as usize, "CPU"),
         count(machine.nics.len(), "network card"),
+        count(machine.disks.len(), "disk"),
         count(system.domains.len(), "domain")
     )?;
     writeln!(text, "who owns what")?;
@@ -40,6 +41,9 @@ fn write(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
             let mac = mac_text(vif.mac);
             writeln!(text, "  {} ↔ {}, by a network interface ({mac})", domain.name, vif.backend)?;
         }
+        for disk in &domain.disks {
+            writeln!(text, "  {} ↔ {}, by {}", domain.name, disk.backend, disk_words(disk))?;
+        }
     }
     outside(text, compiled)?;
     for warning in &compiled.warnings {
@@ -48,12 +52,27 @@ fn write(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
     Ok(())
 }
 
+/// `disk xvda (gpt:root, copy-on-write over gpt:base, read-only)`.
+fn disk_words(disk: &Disk) -> String {
+    let mut words = format!("disk {} ({}", disk.dev, disk.volume);
+    if disk.cow {
+        words += ", copy-on-write";
+    }
+    if let Some(backing) = &disk.backing {
+        words += &format!(" over {backing}");
+    }
+    words + if disk.writable { ")" } else { ", read-only)" }
+}
+
 fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn owns(text: &mut String, compiled: &Compiled, domain: &Domain) -> std::fmt::Result {
-    let image = compiled.images.get(domain.image as usize).map_or("?", String::as_str);
+    let image = match domain.image {
+        FIND_DRIVER => "the driver that its device needs",
+        image => compiled.images.get(image as usize).map_or("?", String::as_str),
+    };
     let role = match domain.role {
         Role::Control => "control",
         Role::Store => "store",
@@ -101,6 +120,13 @@ fn outside(text: &mut String, compiled: &Compiled) -> std::fmt::Result {
             }
             NicNet::Socket { .. } => writeln!(text, "  {} ↔ a socket of the host", owner.name)?,
         }
+    }
+    for disk in &compiled.machine.disks {
+        let mut domains = compiled.system.domains.iter();
+        let owner = domains.find(|d| d.devices.iter().any(|device| device.bdf == disk.bdf));
+        let Some(owner) = owner else { continue };
+        let how = if disk.readonly { " (read-only)" } else { "" };
+        writeln!(text, "  {} ↔ the host's file {}{how}", owner.name, disk.file)?;
     }
     Ok(())
 }

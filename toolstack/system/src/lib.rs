@@ -17,11 +17,14 @@ mod schema;
 
 pub use error::SystemError;
 pub use explain::explain;
-pub use machine::{HostForward, Machine, MachineNic, NicNet, Protocol};
+pub use machine::{
+    DiskContent, FileFormat, HostForward, Machine, MachineDisk, MachineNic, NicNet, Partition,
+    Protocol,
+};
 pub use names::{bdf_text, mac_text};
 
 use axolotl_abi::image::ImageHeader;
-use axolotl_abi::system::System;
+use axolotl_abi::system::{FIND_DRIVER, System};
 use control::plan;
 use error::Source;
 use std::ops::Range;
@@ -91,7 +94,9 @@ impl Compiled {
             return self.enough("control", self.control_pages, needed, self.memory_spans.len() - 1);
         }
         for (at, domain) in self.system.domains.iter().enumerate() {
-            if domain.image as usize == index {
+            let found = domain.image == FIND_DRIVER
+                && self.system.drivers.iter().any(|driver| driver.image as usize == index);
+            if domain.image as usize == index || found {
                 let config = plan::config_bytes(domain);
                 let needed = plan::needed_pages(image_pages, domain.preserved_pages, config);
                 self.enough(&domain.name, domain.memory_pages, needed, at)?;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::{Path, PathBuf};
 
 /// What QEMU is asked for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -14,6 +15,24 @@ pub struct Machine {
     pub cpu_model: Option<String>,
     /// Network cards.
     pub nics: Vec<MachineNic>,
+    /// Disks. Those at the same address hang on one controller, which counts them in this order
+    /// from 1.
+    pub disks: Vec<MachineDisk>,
+}
+
+impl Machine {
+    /// QEMU's name of the device at `bdf`, if the machine emulates one there.
+    #[must_use]
+    pub fn model_at(&self, bdf: u32) -> Option<&str> {
+        let nics = self.nics.iter().map(|nic| (nic.bdf, nic.model.as_str()));
+        let disks = self.disks.iter().map(|disk| (disk.bdf, disk.model.as_str()));
+        nics.chain(disks).find(|(at, _)| *at == bdf).map(|(_, model)| model)
+    }
+
+    /// The disks of the controller at `bdf`, in its order.
+    pub fn disks_at(&self, bdf: u32) -> impl Iterator<Item = &MachineDisk> {
+        self.disks.iter().filter(move |disk| disk.bdf == bdf)
+    }
 }
 
 /// An emulated network card.
@@ -44,6 +63,88 @@ pub enum NicNet {
         /// Connects to this `HOST:PORT`.
         connect: Option<String>,
     },
+}
+
+/// An emulated disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MachineDisk {
+    /// QEMU's name of the controller.
+    pub model: String,
+    /// The controller's PCI address, as in [`axolotl_abi::control::PciFunction`].
+    pub bdf: u32,
+    /// The host's file as written; [`Self::path`] says where that is.
+    pub file: String,
+    /// How the host's file stores the disk.
+    pub format: FileFormat,
+    /// Whether the disk refuses writes.
+    pub readonly: bool,
+    /// What a file that does not exist yet is made of.
+    pub content: DiskContent,
+    /// The disk's serial number.
+    pub serial: String,
+    /// Bytes of its sectors.
+    pub sector_size: u32,
+}
+
+impl MachineDisk {
+    /// Where its file is: a path that starts with `./` or `../` is relative to the system file,
+    /// any other that is not absolute to `made`, the directory of what is made for the system.
+    #[must_use]
+    pub fn path(&self, system_file: &Path, made: &Path) -> PathBuf {
+        let beside = self.file.starts_with("./") || self.file.starts_with("../");
+        let base = if beside { system_file.parent().unwrap_or(Path::new("")) } else { made };
+        base.join(&self.file)
+    }
+
+    /// Its size, if the system file decides it.
+    #[must_use]
+    pub const fn bytes(&self) -> Option<u64> {
+        match self.content {
+            DiskContent::Empty { bytes } | DiskContent::Partitions { bytes, .. } => Some(bytes),
+            DiskContent::Existing | DiskContent::DemoFiles => None,
+        }
+    }
+}
+
+/// How the host's file stores an emulated disk. The guests see the same disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileFormat {
+    /// Byte for byte.
+    Raw,
+    /// As qcow2, by QEMU.
+    Qcow2,
+}
+
+/// What is on an emulated disk at first.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DiskContent {
+    /// The file must be there.
+    Existing,
+    /// Nothing.
+    Empty {
+        /// Size in bytes.
+        bytes: u64,
+    },
+    /// A GPT.
+    Partitions {
+        /// Size in bytes.
+        bytes: u64,
+        /// In order of their places.
+        partitions: Vec<Partition>,
+    },
+    /// The files that the demo guest serves. Made anew by each build.
+    DemoFiles,
+}
+
+/// A partition of an emulated disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Partition {
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// It holds an empty qcow2 image of a disk of this size.
+    pub cow_bytes: Option<u64>,
 }
 
 /// A port of the host that leads to a guest.
@@ -105,6 +206,30 @@ impl HostForward {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dot_means_beside_the_system_file() {
+        let disk = |file: &str| MachineDisk {
+            model: "nvme".into(),
+            bdf: 0x20,
+            file: file.into(),
+            format: FileFormat::Raw,
+            readonly: false,
+            content: DiskContent::Existing,
+            serial: "x".into(),
+            sector_size: 512,
+        };
+        for (file, path) in [
+            ("disk.raw", "/made/disk.raw"),
+            ("a/b.raw", "/made/a/b.raw"),
+            ("./disk.raw", "/sys/disk.raw"),
+            ("../disk.raw", "/sys/../disk.raw"),
+            ("/dev/sdx", "/dev/sdx"),
+        ] {
+            let found = disk(file).path(Path::new("/sys/x.toml"), Path::new("/made"));
+            assert!(found.components().eq(Path::new(path).components()), "{}", found.display());
+        }
+    }
 
     #[test]
     fn forwards_are_printed_as_qemu_wants_them() {

@@ -3,14 +3,21 @@
 //! Each rule has a file under `systems/bad/` that breaks it, whose first line is the message it
 //! must earn.
 
+mod devices;
+mod disks;
+mod guests;
+
 use crate::error::{Source, SystemError};
 use crate::machine::{HostForward, Machine, MachineNic, NicNet};
 use crate::names::{MAX_NAME, bdf_text, is_name, nearest, parse_bdf, parse_mac};
 use crate::{Compiled, schema};
-use axolotl_abi::system::{self, Device, Dma, Domain, OnEnd, RestartLimits, Role, System, Vif};
+use axolotl_abi::drivers::{DRIVERS, Driver, Service};
+use axolotl_abi::system::{
+    self, Domain, DriverImage, FIND_DRIVER, OnEnd, RestartLimits, Role, System,
+};
 use control::plan;
-use std::collections::HashMap;
-use std::hash::Hash;
+use devices::Served;
+use guests::{Once, Users};
 use std::ops::Range;
 use toml::Spanned;
 
@@ -27,21 +34,13 @@ const CONTROL_MIB: u32 = 8;
 /// Least image that is assumed before images are built; the real size is checked when it is
 /// known, see [`Compiled::check_image`].
 const ASSUMED_IMAGE_PAGES: u32 = 64;
-/// Preserved pages that a network backend uses besides those of its vifs, and for each vif.
-const PRESERVED_PAGES: (u32, u32) = (1, 2);
-/// Most preserved pages: the room in the address space is far larger, the use is not.
-const MAX_PRESERVED_PAGES: u32 = 1024;
-/// Most vifs of one guest.
-const MAX_VIFS: usize = 8;
 /// Most domains beside the control domain.
 const MAX_DOMAINS: usize = 60;
 /// Longest `extra`.
 const MAX_EXTRA: usize = 16 * 1024;
 
-/// Drivers: word in the file, package, and QEMU's models that it drives.
-const DRIVERS: &[(&str, &str, &[&str])] = &[("e1000e", "net-domain", &["e1000e"])];
 /// Unikernel packages that a guest can be made of.
-const GUEST_IMAGES: &[&str] = &["demo-guest", "selftest", "pingpong"];
+const GUEST_IMAGES: &[&str] = &["demo-guest", "disktest", "selftest", "pingpong"];
 /// The store's package.
 const STORE_IMAGE: &str = "store-domain";
 /// Names that mean something else on the console and to `axl`.
@@ -59,10 +58,11 @@ pub(crate) fn compile(source: Source, file: &schema::File) -> Checked<Compiled> 
     let control_mib = file.control.memory.as_ref();
     let control_pages = rules.memory("control", control_mib, &file.machine, CONTROL_MIB, 0, 0)?;
     rules.total_memory(file, control_pages)?;
+    let drivers = found_drivers(&domains, &mut images);
     let warnings = warnings(&machine, &domains);
     let mut memory_spans: Vec<_> = file.domain.iter().map(|d| d.get_ref().memory.span()).collect();
     memory_spans.push(control_mib.map_or_else(|| file.machine.span(), Spanned::span));
-    let system = System { version: system::VERSION, name, domains, drivers: Vec::new() };
+    let system = System { version: system::VERSION, name, domains, drivers };
     Ok(Compiled { machine, system, images, control_pages, warnings, memory_spans, source })
 }
 
@@ -80,22 +80,6 @@ pub(crate) fn too_little_memory(
     );
     let hint = format!("give it `memory = {}` (MiB) or more", needed.div_ceil(MIB));
     SystemError::new(source, span, message, hint)
-}
-
-/// Finds things that may occur once.
-struct Once<K> {
-    seen: HashMap<K, String>,
-}
-
-impl<K: Hash + Eq> Once<K> {
-    fn new() -> Self {
-        Self { seen: HashMap::new() }
-    }
-
-    /// Who had `key` before `owner`, if anybody.
-    fn taken(&mut self, key: K, owner: &str) -> Option<String> {
-        self.seen.insert(key, owner.to_owned())
-    }
 }
 
 struct Rules<'a> {
@@ -187,7 +171,8 @@ impl Rules<'_> {
         for nic in &machine.nic {
             nics.push(self.nic(nic.get_ref(), &mut slots, &mut ports)?);
         }
-        Ok(Machine { memory_mib, cpus, cpu_model: machine.cpu.clone(), nics })
+        let disks = self.machine_disks(&machine.disk, &mut slots)?;
+        Ok(Machine { memory_mib, cpus, cpu_model: machine.cpu.clone(), nics, disks })
     }
 
     fn nic(
@@ -196,14 +181,8 @@ impl Rules<'_> {
         slots: &mut Once<u32>,
         ports: &mut Once<(bool, u16)>,
     ) -> Checked<MachineNic> {
-        let models: Vec<(&str, &str)> =
-            DRIVERS.iter().flat_map(|(_, _, models)| models.iter().map(|m| (*m, *m))).collect();
-        let model = self.word("model", &nic.model, &models)?;
-        let bdf = self.bdf(&nic.bdf)?;
-        if !(2 << 3..31 << 3).contains(&bdf) || bdf & 7 != 0 {
-            let message = format!("a card cannot be at {}", nic.bdf.get_ref());
-            return self.refuse(nic.bdf.span(), message, "use 00:02.0 to 00:1e.0");
-        }
+        let model = self.word("model", &nic.model, &models(Service::Network))?;
+        let bdf = self.slot(&nic.bdf)?;
         if slots.taken(bdf, model).is_some() {
             let message = format!("two cards at {}", bdf_text(bdf));
             return self.refuse(nic.bdf.span(), message, "give each its own `bdf`");
@@ -271,6 +250,16 @@ impl Rules<'_> {
         }
     }
 
+    /// A PCI address at which the emulated machine has room.
+    fn slot(&self, text: &Spanned<String>) -> Checked<u32> {
+        let bdf = self.bdf(text)?;
+        if !(2 << 3..31 << 3).contains(&bdf) || bdf & 7 != 0 {
+            let message = format!("a card cannot be at {}", text.get_ref());
+            return self.refuse(text.span(), message, "use 00:02.0 to 00:1e.0");
+        }
+        Ok(bdf)
+    }
+
     fn mac(&self, text: &Spanned<String>) -> Checked<[u8; 6]> {
         let Some(mac) = parse_mac(text.get_ref()) else {
             let message = format!("`{}` is not an Ethernet address", text.get_ref());
@@ -296,16 +285,20 @@ impl Rules<'_> {
         images: &mut Vec<String>,
     ) -> Checked<Vec<Domain>> {
         let roles = self.roles(file)?;
+        let drivers = self.drivers(file, &roles, machine)?;
+        let places = Places { file, machine, roles: &roles, drivers: &drivers };
         let (mut claimed, mut macs) = (Once::new(), Once::new());
+        let mut users = Users::default();
         let mut domains = Vec::new();
-        for (domain, role) in file.domain.iter().zip(&roles) {
-            let d = domain.get_ref();
-            self.belongs(d, *role, domain.span())?;
-            let package = self.package(d, *role, domain.span())?;
-            let served = file.domain.iter().flat_map(|other| &other.get_ref().vif);
+        for (at, domain) in file.domain.iter().enumerate() {
+            let (d, role) = (domain.get_ref(), &roles[at]);
+            let image = match drivers[at] {
+                Some(Chosen::Found) => FIND_DRIVER,
+                Some(Chosen::Known(driver)) => index_of(images, driver.package),
+                None => index_of(images, self.package(d, *role, domain.span())?),
+            };
             let name = d.name.get_ref();
-            let served = served.filter(|vif| vif.get_ref().backend.get_ref() == name).count();
-            let preserved_pages = self.preserved(d, *role, served)?;
+            let preserved_pages = self.preserved(d, drivers[at], Served::by(name, file))?;
             let extra = self.extra(d)?;
             let memory = Some(&d.memory);
             let span = domain;
@@ -314,7 +307,7 @@ impl Rules<'_> {
             domains.push(Domain {
                 name: name.clone(),
                 role: *role,
-                image: index_of(images, package),
+                image,
                 memory_pages,
                 preserved_pages,
                 vcpus: self.vcpus(d)?,
@@ -324,9 +317,9 @@ impl Rules<'_> {
                 restart: self.restart(d)?,
                 budget_us,
                 period_us,
-                devices: self.devices(d, machine, &mut claimed)?,
-                vifs: self.vifs(d, file, &roles, &mut macs)?,
-                disks: Vec::new(),
+                devices: self.devices(d, drivers[at], machine, &mut claimed)?,
+                vifs: self.vifs(d, &places, &mut macs)?,
+                disks: self.disks(d, &places, &mut users)?,
                 extra,
             });
         }
@@ -390,30 +383,18 @@ impl Rules<'_> {
             let hint = "add `pci = [{ bdf = \"00:02.0\", dma = \"trusted\" }]`";
             return self.refuse(span, message, hint);
         }
-        match d.vif.first() {
-            Some(vif) if role != Role::Guest => {
-                let message = "`vif` on a domain that is no guest";
-                return self.refuse(vif.span(), message, "network interfaces are for guests");
-            }
-            _ => {}
+        if let (Some(vif), true) = (d.vif.first(), role != Role::Guest) {
+            let message = "`vif` on a domain that is no guest";
+            return self.refuse(vif.span(), message, "network interfaces are for guests");
+        }
+        if let (Some(disk), true) = (d.disk.first(), role != Role::Guest) {
+            let message = "`disk` on a domain that is no guest";
+            return self.refuse(disk.span(), message, "disks are for guests");
         }
         Ok(())
     }
 
     fn package(&self, d: &schema::Domain, role: Role, span: Range<usize>) -> Checked<&'static str> {
-        if role == Role::Driver {
-            let Some(driver) = &d.driver else {
-                let message = format!("driver domain `{}` has no driver", d.name.get_ref());
-                return self.refuse(span, message, "add `driver = \"e1000e\"`");
-            };
-            if let Some(image) = &d.image {
-                let message = "`image` on a driver domain";
-                return self.refuse(image.span(), message, "`driver` already says it");
-            }
-            let known: Vec<_> =
-                DRIVERS.iter().map(|(word, package, _)| (*word, *package)).collect();
-            return self.word("driver", driver, &known);
-        }
         let known: Vec<_> = match role {
             Role::Store => vec![(STORE_IMAGE, STORE_IMAGE)],
             _ => GUEST_IMAGES.iter().map(|name| (*name, *name)).collect(),
@@ -426,33 +407,6 @@ impl Rules<'_> {
                 self.refuse(span, message, "add `image = \"demo-guest\"`")
             }
         }
-    }
-
-    fn preserved(&self, d: &schema::Domain, role: Role, vifs: usize) -> Checked<u32> {
-        let vifs = u32::try_from(vifs).unwrap_or(u32::MAX);
-        let least = match role {
-            Role::Driver => {
-                PRESERVED_PAGES.1.saturating_mul(vifs).saturating_add(PRESERVED_PAGES.0)
-            }
-            _ => 0,
-        };
-        let Some(pages) = &d.preserved_pages else {
-            return Ok(if role == Role::Driver { least.max(16) } else { 0 });
-        };
-        let number = *pages.get_ref();
-        if number < least {
-            let message = format!(
-                "`{}` has too few preserved pages: {number}, but {vifs} vifs need {least}",
-                d.name.get_ref()
-            );
-            let hint = "they keep the requests in flight over a restart";
-            return self.refuse(pages.span(), message, hint);
-        }
-        if number > MAX_PRESERVED_PAGES {
-            let message = format!("`{}` has {number} preserved pages", d.name.get_ref());
-            return self.refuse(pages.span(), message, format!("at most {MAX_PRESERVED_PAGES}"));
-        }
-        Ok(number)
     }
 
     fn extra(&self, d: &schema::Domain) -> Checked<String> {
@@ -569,106 +523,6 @@ impl Rules<'_> {
             None => Ok(default),
         }
     }
-
-    fn devices(
-        &self,
-        d: &schema::Domain,
-        machine: &Machine,
-        claimed: &mut Once<u32>,
-    ) -> Checked<Vec<Device>> {
-        let models = d.driver.as_ref().and_then(|driver| {
-            DRIVERS
-                .iter()
-                .find(|(word, _, _)| word == driver.get_ref())
-                .map(|(_, _, models)| models)
-        });
-        d.pci
-            .iter()
-            .map(|pci| {
-                let pci = pci.get_ref();
-                let bdf = self.bdf(&pci.bdf)?;
-                let span = pci.bdf.span();
-                let Some(nic) = machine.nics.iter().find(|nic| nic.bdf == bdf) else {
-                    let there: Vec<_> = machine.nics.iter().map(|nic| bdf_text(nic.bdf)).collect();
-                    let hint = if there.is_empty() {
-                        "the machine has no devices: add a [[machine.nic]]".to_owned()
-                    } else {
-                        format!("it has: {}", there.join(", "))
-                    };
-                    let message = format!("the machine has no device at {}", bdf_text(bdf));
-                    return self.refuse(span, message, hint);
-                };
-                if models.is_some_and(|models| !models.contains(&nic.model.as_str())) {
-                    let message =
-                        format!("the driver cannot drive the {} at {}", nic.model, bdf_text(bdf));
-                    return self.refuse(span, message, "choose the card's driver");
-                }
-                if let Some(other) = claimed.taken(bdf, d.name.get_ref()) {
-                    let message = format!("device {} belongs to `{other}` already", bdf_text(bdf));
-                    return self.refuse(span, message, "a device has one owner");
-                }
-                Ok(Device { bdf, dma: self.dma(pci)? })
-            })
-            .collect()
-    }
-
-    fn dma(&self, pci: &schema::Pci) -> Checked<Dma> {
-        let trusted = "`dma = \"trusted\"` lets the driver's device reach all memory";
-        let Some(dma) = &pci.dma else {
-            let message = format!("device {} has no `dma` choice", pci.bdf.get_ref());
-            return self.refuse(pci.bdf.span(), message, trusted);
-        };
-        match self.word("dma", dma, &[("trusted", Dma::Trusted), ("iommu", Dma::Iommu)])? {
-            Dma::Trusted => Ok(Dma::Trusted),
-            Dma::Iommu => self.refuse(dma.span(), "the machine has no IOMMU", trusted),
-        }
-    }
-
-    fn vifs<'f>(
-        &self,
-        d: &schema::Domain,
-        file: &'f schema::File,
-        roles: &[Role],
-        macs: &mut Once<[u8; 6]>,
-    ) -> Checked<Vec<Vif>> {
-        if let Some(vif) = d.vif.get(MAX_VIFS) {
-            let message = format!("`{}` has too many vifs", d.name.get_ref());
-            return self.refuse(vif.span(), message, format!("at most {MAX_VIFS}"));
-        }
-        let drivers = || -> Vec<&'f str> {
-            let all = file.domain.iter().zip(roles);
-            all.filter(|(_, role)| **role == Role::Driver)
-                .map(|(d, _)| d.get_ref().name.get_ref().as_str())
-                .collect()
-        };
-        let mut vif = |vif: &schema::Vif| {
-            let backend = vif.backend.get_ref();
-            let known = file.domain.iter().zip(roles);
-            let mut known = known.filter(|(other, _)| other.get_ref().name.get_ref() == backend);
-            let hint = || match drivers().as_slice() {
-                [] => "the system has no driver domain".to_owned(),
-                all => format!("driver domains: {}", all.join(", ")),
-            };
-            match known.next() {
-                None => {
-                    let message = format!("backend `{backend}` does not exist");
-                    return self.refuse(vif.backend.span(), message, hint());
-                }
-                Some((_, role)) if *role != Role::Driver => {
-                    let message = format!("backend `{backend}` is not a driver domain");
-                    return self.refuse(vif.backend.span(), message, hint());
-                }
-                Some(_) => {}
-            }
-            let mac = self.mac(&vif.mac)?;
-            if let Some(other) = macs.taken(mac, d.name.get_ref()) {
-                let message = format!("`{other}` has the mac {} already", vif.mac.get_ref());
-                return self.refuse(vif.mac.span(), message, "each vif has its own");
-            }
-            Ok(Vif { backend: backend.clone(), mac })
-        };
-        d.vif.iter().map(|spanned| vif(spanned.get_ref())).collect()
-    }
 }
 
 /// The index of `package` in the list of images, which grows when it is new.
@@ -680,21 +534,67 @@ fn index_of(images: &mut Vec<String>, package: &str) -> u32 {
     u32::try_from(at).unwrap_or(u32::MAX)
 }
 
+/// The driver of a driver domain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Chosen {
+    /// The file says it, or the device that the machine emulates does.
+    Known(&'static Driver),
+    /// The control domain finds it when it sees the device.
+    Found,
+}
+
+/// What the rules of a domain's interfaces and disks refer to.
+struct Places<'f> {
+    file: &'f schema::File,
+    machine: &'f Machine,
+    roles: &'f [Role],
+    drivers: &'f [Option<Chosen>],
+}
+
+/// QEMU's models of devices that serve something, as words.
+fn models(service: Service) -> Vec<(&'static str, &'static str)> {
+    let drivers = DRIVERS.iter().filter(|driver| driver.service == service);
+    drivers.flat_map(|driver| driver.models).map(|model| (*model, *model)).collect()
+}
+
+/// All drivers, when a domain's driver is to be found.
+fn found_drivers(domains: &[Domain], images: &mut Vec<String>) -> Vec<DriverImage> {
+    if !domains.iter().any(|domain| domain.image == FIND_DRIVER) {
+        return Vec::new();
+    }
+    let image = |driver: &Driver| DriverImage {
+        driver: driver.name.to_owned(),
+        image: index_of(images, driver.package),
+    };
+    DRIVERS.iter().map(image).collect()
+}
+
 fn warnings(machine: &Machine, domains: &[Domain]) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut devices = domains.iter().flat_map(|domain| &domain.devices);
-    for nic in &machine.nics {
-        if !devices.clone().any(|device| device.bdf == nic.bdf) {
-            warnings.push(format!("no domain drives the {} at {}", nic.model, bdf_text(nic.bdf)));
+    let nics = machine.nics.iter().map(|nic| (nic.bdf, &nic.model));
+    let mut emulated: Vec<_> =
+        nics.chain(machine.disks.iter().map(|disk| (disk.bdf, &disk.model))).collect();
+    emulated.dedup();
+    for (bdf, model) in emulated {
+        if !devices.clone().any(|device| device.bdf == bdf) {
+            warnings.push(format!("no domain drives the {model} at {}", bdf_text(bdf)));
         }
     }
+    for device in devices.clone().filter(|device| machine.model_at(device.bdf).is_none()) {
+        let place = bdf_text(device.bdf);
+        warnings.push(format!("the emulated machine has no device at {place}"));
+    }
     for domain in domains.iter().filter(|domain| domain.role == Role::Driver) {
-        let mut vifs = domains.iter().flat_map(|guest| &guest.vifs);
-        if !vifs.any(|vif| vif.backend == domain.name) {
+        let used = |guest: &Domain| {
+            guest.vifs.iter().any(|vif| vif.backend == domain.name)
+                || guest.disks.iter().any(|disk| disk.backend == domain.name)
+        };
+        if !domains.iter().any(used) {
             warnings.push(format!("nobody uses driver domain `{}`", domain.name));
         }
     }
-    if devices.any(|device| device.dma == Dma::Trusted) {
+    if devices.any(|device| device.dma == system::Dma::Trusted) {
         warnings.push("devices with dma = \"trusted\" can reach all memory".to_owned());
     }
     warnings

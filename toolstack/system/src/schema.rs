@@ -26,6 +26,8 @@ pub(crate) struct Machine {
     pub(crate) cpu: Option<String>,
     #[serde(default)]
     pub(crate) nic: Vec<Spanned<Nic>>,
+    #[serde(default)]
+    pub(crate) disk: Vec<Spanned<MachineDisk>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -38,6 +40,30 @@ pub(crate) struct Nic {
     pub(crate) host_forward: Option<Spanned<Vec<Spanned<String>>>>,
     pub(crate) listen: Option<Spanned<String>>,
     pub(crate) connect: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MachineDisk {
+    pub(crate) model: Spanned<String>,
+    pub(crate) bdf: Spanned<String>,
+    pub(crate) file: Spanned<String>,
+    pub(crate) size: Option<Spanned<String>>,
+    pub(crate) format: Option<Spanned<String>>,
+    pub(crate) readonly: Option<Spanned<bool>>,
+    pub(crate) content: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(crate) partitions: Vec<Spanned<Partition>>,
+    pub(crate) serial: Option<Spanned<String>>,
+    pub(crate) sector_size: Option<Spanned<u32>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Partition {
+    pub(crate) name: Spanned<String>,
+    pub(crate) size: Spanned<String>,
+    pub(crate) cow: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -66,6 +92,8 @@ pub(crate) struct Domain {
     pub(crate) pci: Vec<Spanned<Pci>>,
     #[serde(default)]
     pub(crate) vif: Vec<Spanned<Vif>>,
+    #[serde(default)]
+    pub(crate) disk: Vec<Spanned<Disk>>,
     pub(crate) extra: Option<Spanned<String>>,
 }
 
@@ -89,6 +117,17 @@ pub(crate) struct Pci {
 pub(crate) struct Vif {
     pub(crate) mac: Spanned<String>,
     pub(crate) backend: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Disk {
+    pub(crate) backend: Spanned<String>,
+    pub(crate) volume: Spanned<String>,
+    pub(crate) mode: Option<Spanned<String>>,
+    pub(crate) cow: Option<Spanned<bool>>,
+    pub(crate) backing: Option<Spanned<String>>,
+    pub(crate) dev: Option<Spanned<String>>,
 }
 
 /// Reads a file without looking at its rules.
