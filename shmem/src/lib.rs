@@ -12,7 +12,7 @@
 //!
 //! No ring sends an event or waits for one: functions say when the peer must be told.
 
-#![cfg_attr(not(any(test, loom)), no_std)]
+#![cfg_attr(not(any(test, loom, feature = "sim")), no_std)]
 
 extern crate alloc;
 
@@ -25,6 +25,8 @@ mod page;
 #[path = "page_loom.rs"]
 mod page;
 pub mod ring;
+#[cfg(all(feature = "sim", not(loom)))]
+pub mod sim;
 
 pub use page::Page;
 use xen_abi::PAGE_SIZE;

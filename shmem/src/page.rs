@@ -18,6 +18,20 @@ pub struct Page(Arc<Memory>);
 struct Memory {
     base: NonNull<u8>,
     keeper: Keeper,
+    /// In a simulation, where addresses are not guest-physical.
+    #[cfg(feature = "sim")]
+    gfn: Option<Gfn>,
+}
+
+impl Memory {
+    const fn new(base: NonNull<u8>, keeper: Keeper) -> Self {
+        Self {
+            base,
+            keeper,
+            #[cfg(feature = "sim")]
+            gfn: None,
+        }
+    }
 }
 
 /// Who sees to it that the memory stays.
@@ -44,10 +58,14 @@ impl Page {
     /// A fresh page of zeros, from the global allocator; freed with its last clone.
     #[must_use]
     pub fn new_zeroed() -> Self {
+        #[cfg(feature = "sim")]
+        if let Some(page) = crate::sim::allocate() {
+            return page;
+        }
         // SAFETY: the layout's size is not zero.
         let base = unsafe { alloc_zeroed(LAYOUT) };
         let base = NonNull::new(base).unwrap_or_else(|| handle_alloc_error(LAYOUT));
-        Self(Arc::new(Memory { base, keeper: Keeper::Allocated }))
+        Self(Arc::new(Memory::new(base, Keeper::Allocated)))
     }
 
     /// A page that something else keeps mapped.
@@ -58,19 +76,36 @@ impl Page {
     /// 2. No Rust reference into these bytes exists in that time.
     #[must_use]
     pub unsafe fn from_raw(base: NonNull<u8>) -> Self {
-        Self(Arc::new(Memory { base, keeper: Keeper::Caller }))
+        Self(Arc::new(Memory::new(base, Keeper::Caller)))
     }
 
     /// Another name for the same memory, whose handles are counted by themselves.
     #[must_use]
     pub fn alias(&self) -> Self {
-        Self(Arc::new(Memory { base: self.0.base, keeper: Keeper::Alias(self.clone()) }))
+        #[cfg(feature = "sim")]
+        if let Some(gfn) = self.0.gfn {
+            return self.alias_at(gfn);
+        }
+        Self(Arc::new(Memory::new(self.0.base, Keeper::Alias(self.clone()))))
+    }
+
+    /// As [`Self::alias`], for a domain of a simulation that has the memory at `gfn`.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn alias_at(&self, gfn: Gfn) -> Self {
+        let mut memory = Memory::new(self.0.base, Keeper::Alias(self.clone()));
+        memory.gfn = Some(gfn);
+        Self(Arc::new(memory))
     }
 
     /// The page's frame number in a unikernel domain, where addresses are guest-physical. On a
     /// host it is a number that no other live page has.
     #[must_use]
     pub fn gfn(&self) -> Gfn {
+        #[cfg(feature = "sim")]
+        if let Some(gfn) = self.0.gfn {
+            return gfn;
+        }
         Gfn::containing(self.0.base.as_ptr() as u64)
     }
 
@@ -92,32 +127,52 @@ impl Page {
         unsafe { self.0.base.as_ptr().add(offset) }.cast()
     }
 
+    fn word8(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
+        unsafe { AtomicU8::from_ptr(self.at(offset)) }
+    }
+
+    fn word16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
+        unsafe { AtomicU16::from_ptr(self.at(offset)) }
+    }
+
+    fn word32(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
+        unsafe { AtomicU32::from_ptr(self.at(offset)) }
+    }
+
+    fn word64(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
+        unsafe { AtomicU64::from_ptr(self.at(offset)) }
+    }
+
     /// The 8-bit atomic at `offset`.
     #[must_use]
     pub fn u8(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
-        unsafe { AtomicU8::from_ptr(self.at(offset)) }
+        announce();
+        self.word8(offset)
     }
 
     /// The 16-bit atomic at `offset`, which must be even.
     #[must_use]
     pub fn u16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
-        unsafe { AtomicU16::from_ptr(self.at(offset)) }
+        announce();
+        self.word16(offset)
     }
 
     /// The 32-bit atomic at `offset`, a multiple of 4.
     #[must_use]
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
-        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
-        unsafe { AtomicU32::from_ptr(self.at(offset)) }
+        announce();
+        self.word32(offset)
     }
 
     /// The 64-bit atomic at `offset`, a multiple of 8.
     #[must_use]
     pub fn u64(&self, offset: usize) -> &AtomicU64 {
-        // SAFETY: in bounds and aligned by `at`; atomics may be shared.
-        unsafe { AtomicU64::from_ptr(self.at(offset)) }
+        announce();
+        self.word64(offset)
     }
 
     /// Copies `buffer.len()` bytes from `offset` on out of the page.
@@ -130,11 +185,14 @@ impl Page {
         let (mut at, mut rest) = (offset, buffer);
         while !rest.is_empty() {
             let step = step(at, rest.len());
+            if at == offset || step == rest.len() {
+                announce();
+            }
             let (part, tail) = core::mem::take(&mut rest).split_at_mut(step);
             match step {
-                8 => part.copy_from_slice(&self.u64(at).load(Ordering::Relaxed).to_ne_bytes()),
-                4 => part.copy_from_slice(&self.u32(at).load(Ordering::Relaxed).to_ne_bytes()),
-                _ => part[0] = self.u8(at).load(Ordering::Relaxed),
+                8 => part.copy_from_slice(&self.word64(at).load(Ordering::Relaxed).to_ne_bytes()),
+                4 => part.copy_from_slice(&self.word32(at).load(Ordering::Relaxed).to_ne_bytes()),
+                _ => part[0] = self.word8(at).load(Ordering::Relaxed),
             }
             at += step;
             rest = tail;
@@ -148,16 +206,19 @@ impl Page {
         let (mut at, mut rest) = (offset, bytes);
         while !rest.is_empty() {
             let step = step(at, rest.len());
+            if at == offset || step == rest.len() {
+                announce();
+            }
             let (part, tail) = rest.split_at(step);
             match *part {
                 [a, b, c, d, e, f, g, h] => {
                     let word = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
-                    self.u64(at).store(word, Ordering::Relaxed);
+                    self.word64(at).store(word, Ordering::Relaxed);
                 }
                 [a, b, c, d] => {
-                    self.u32(at).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Relaxed);
+                    self.word32(at).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Relaxed);
                 }
-                _ => self.u8(at).store(part[0], Ordering::Relaxed),
+                _ => self.word8(at).store(part[0], Ordering::Relaxed),
             }
             at += step;
             rest = tail;
@@ -166,10 +227,18 @@ impl Page {
 
     /// Fills the page with zeros.
     pub fn clear(&self) {
+        announce();
         for offset in (0..PAGE_SIZE).step_by(8) {
-            self.u64(offset).store(0, Ordering::Relaxed);
+            self.word64(offset).store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// Tells a simulation that there is an access.
+#[inline]
+fn announce() {
+    #[cfg(feature = "sim")]
+    crate::sim::access();
 }
 
 /// How many of the next `len` bytes at `offset` one access can copy.

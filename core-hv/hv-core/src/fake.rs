@@ -8,7 +8,8 @@
 //!
 //! [`System`] boots a control domain on such a machine and issues hypercalls as any domain, by
 //! the same path as a real processor: argument structures in the domain's memory, registers, one
-//! [`CpuLoop::step`].
+//! [`CpuLoop::step`]. Frames are shared pages, so that a simulation can let real domains' code
+//! work on them ([`View`]).
 //!
 //! ```
 //! use hv_core::fake::{System, D0};
@@ -41,12 +42,14 @@ use axolotl_abi::image::{
     IMAGE_MAGIC, ImageHeader, Segment,
 };
 use axolotl_abi::start::{GRANT_TABLE_GPA, HEAP_GPA, IMAGE_GPA, SHARED_INFO_GPA};
-use core::sync::atomic::AtomicPtr;
+use core::sync::atomic::Ordering::SeqCst;
+/// A frame of the machine's memory, which simulated domains can share.
+pub use shmem::Page as Frame;
 use std::boxed::Box;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::vec;
 use std::vec::Vec;
 use xen_abi::event::{AllocUnbound, BindInterdomain, BindVirq, PortOp};
@@ -211,7 +214,7 @@ impl FakeFunction {
 /// Everything outside the core: what all processors see.
 pub struct Machine {
     /// Memory, from physical address 0.
-    pub frames: Vec<Box<[u8; 4096]>>,
+    pub frames: Vec<Frame>,
     /// System time.
     pub now_ns: u64,
     /// Each processor's timer.
@@ -242,6 +245,8 @@ pub struct Machine {
     pub swaps: u64,
     /// Shared-info page of each vCPU, for the idle program.
     shared_of: BTreeMap<Mfn, Mfn>,
+    /// Lives that the core had counted when those were noted.
+    lives: u64,
 }
 
 /// One processor of a [`Machine`]. Clones are the same one.
@@ -256,7 +261,7 @@ impl Fake {
     #[must_use]
     pub fn new(frames: usize, cpus: usize) -> Self {
         let machine = Machine {
-            frames: vec![Box::new([0; 4096]); frames],
+            frames: (0..frames).map(|_| Frame::new_zeroed()).collect(),
             now_ns: 1_000,
             timers: vec![None; cpus],
             timer_range_ns: u64::MAX,
@@ -272,6 +277,7 @@ impl Fake {
             lost_races: 0,
             swaps: 0,
             shared_of: BTreeMap::new(),
+            lives: 0,
         };
         Self { cpu: CpuId(0), machine: Rc::new(RefCell::new(machine)) }
     }
@@ -286,6 +292,16 @@ impl Fake {
     #[must_use]
     pub fn machine(&self) -> std::cell::RefMut<'_, Machine> {
         self.machine.borrow_mut()
+    }
+
+    /// A frame of memory.
+    #[must_use]
+    pub fn frame(&self, mfn: Mfn) -> Frame {
+        self.machine.borrow().frames[place(mfn)].clone()
+    }
+
+    fn with_frame<R>(&self, mfn: Mfn, work: impl FnOnce(&Frame) -> R) -> R {
+        work(&self.machine.borrow().frames[place(mfn)])
     }
 
     /// What the table of an address space says about an address: frame, offset, writable.
@@ -329,10 +345,9 @@ impl Fake {
     fn idle_program(&self, vcpu: &mut FakeVcpu) -> Exit {
         let shared = self.machine().shared_of.get(&vcpu.frame).copied();
         if let Some(shared) = shared {
-            let mut machine = self.machine();
-            let page = &mut machine.frames[place(shared)];
-            page[VCPU_UPCALL_PENDING] = 0;
-            page[VCPU_PENDING_SEL..VCPU_PENDING_SEL + 8].fill(0);
+            let page = self.frame(shared);
+            page.u8(VCPU_UPCALL_PENDING).store(0, SeqCst);
+            page.u64(VCPU_PENDING_SEL).store(0, SeqCst);
         }
         issue(&mut vcpu.registers, SCHED_OP, [sched::BLOCK, 0, 0, 0, 0])
     }
@@ -354,54 +369,45 @@ fn place(mfn: Mfn) -> usize {
     usize::try_from(mfn.0).expect("frames of the machine")
 }
 
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    assert!(at.is_multiple_of(N), "words are aligned");
-    bytes[at..at + N].try_into().expect("a frame holds it")
-}
-
 impl Platform for Fake {
     type Vcpu = FakeVcpu;
 
     fn read(&self, mfn: Mfn, offset: usize, buffer: &mut [u8]) {
-        let machine = self.machine.borrow();
-        buffer.copy_from_slice(&machine.frames[place(mfn)][offset..offset + buffer.len()]);
+        self.with_frame(mfn, |frame| frame.read(offset, buffer));
     }
 
     fn write(&mut self, mfn: Mfn, offset: usize, bytes: &[u8]) {
-        self.machine().frames[place(mfn)][offset..offset + bytes.len()].copy_from_slice(bytes);
+        self.with_frame(mfn, |frame| frame.write(offset, bytes));
     }
 
     fn copy(&mut self, source: (Mfn, usize), dest: (Mfn, usize), len: usize) {
-        let mut machine = self.machine();
-        let frames = &mut machine.frames;
-        let (from, to) = (place(source.0), place(dest.0));
-        if from == to {
+        if source.0 == dest.0 {
             assert!(source.1.abs_diff(dest.1) >= len, "ranges do not overlap");
         }
-        let bytes = frames[from][source.1..source.1 + len].to_vec();
-        frames[to][dest.1..dest.1 + len].copy_from_slice(&bytes);
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..len];
+        self.read(source.0, source.1, bytes);
+        self.write(dest.0, dest.1, bytes);
     }
 
     fn zero(&mut self, mfn: Mfn) {
-        self.machine().frames[place(mfn)].fill(0);
+        self.with_frame(mfn, Frame::clear);
     }
 
     fn load64(&self, mfn: Mfn, offset: usize) -> u64 {
-        u64::from_le_bytes(array(&*self.machine.borrow().frames[place(mfn)], offset))
+        self.with_frame(mfn, |frame| frame.u64(offset).load(SeqCst))
     }
 
     fn store64(&mut self, mfn: Mfn, offset: usize, value: u64) {
-        assert!(offset.is_multiple_of(8), "words are aligned");
-        self.write(mfn, offset, &value.to_le_bytes());
+        self.with_frame(mfn, |frame| frame.u64(offset).store(value, SeqCst));
     }
 
     fn load32(&self, mfn: Mfn, offset: usize) -> u32 {
-        u32::from_le_bytes(array(&*self.machine.borrow().frames[place(mfn)], offset))
+        self.with_frame(mfn, |frame| frame.u32(offset).load(SeqCst))
     }
 
     fn store32(&mut self, mfn: Mfn, offset: usize, value: u32) {
-        assert!(offset.is_multiple_of(4), "words are aligned");
-        self.write(mfn, offset, &value.to_le_bytes());
+        self.with_frame(mfn, |frame| frame.u32(offset).store(value, SeqCst));
     }
 
     fn compare_exchange32(
@@ -411,44 +417,35 @@ impl Platform for Fake {
         current: u32,
         new: u32,
     ) -> Result<(), u32> {
-        let found = self.load32(mfn, offset);
         let mut machine = self.machine();
         machine.swaps += 1;
+        let word = machine.frames[place(mfn)].clone();
+        let word = word.u32(offset);
         if machine.lost_races > 0 {
             machine.lost_races -= 1;
-            return Err(found ^ 0x80);
+            return Err(word.load(SeqCst) ^ 0x80);
         }
-        drop(machine);
-        if found != current {
-            return Err(found);
-        }
-        self.store32(mfn, offset, new);
-        Ok(())
+        word.compare_exchange(current, new, SeqCst, SeqCst).map(drop)
     }
 
     fn and32(&mut self, mfn: Mfn, offset: usize, mask: u32) {
-        let found = self.load32(mfn, offset);
-        self.store32(mfn, offset, found & mask);
+        self.with_frame(mfn, |frame| frame.u32(offset).fetch_and(mask, SeqCst));
     }
 
     fn or64(&mut self, mfn: Mfn, offset: usize, bits: u64) -> u64 {
-        let found = self.load64(mfn, offset);
-        self.store64(mfn, offset, found | bits);
-        found
+        self.with_frame(mfn, |frame| frame.u64(offset).fetch_or(bits, SeqCst))
     }
 
     fn and64(&mut self, mfn: Mfn, offset: usize, mask: u64) -> u64 {
-        let found = self.load64(mfn, offset);
-        self.store64(mfn, offset, found & mask);
-        found
+        self.with_frame(mfn, |frame| frame.u64(offset).fetch_and(mask, SeqCst))
     }
 
     fn store8(&mut self, mfn: Mfn, offset: usize, value: u8) {
-        self.machine().frames[place(mfn)][offset] = value;
+        self.with_frame(mfn, |frame| frame.u8(offset).store(value, SeqCst));
     }
 
     fn load8(&self, mfn: Mfn, offset: usize) -> u8 {
-        self.machine.borrow().frames[place(mfn)][offset]
+        self.with_frame(mfn, |frame| frame.u8(offset).load(SeqCst))
     }
 
     fn new_vcpu(&mut self, frame: Mfn) -> FakeVcpu {
@@ -611,26 +608,36 @@ pub fn bundle(image: &[u8], control_pages: u32) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that live as long as the program, and where a leak checker finds them.
+/// Bytes that live as long as the program, and where a leak checker finds them. The same bytes
+/// again are the same ones.
 #[must_use]
 pub fn leak(bytes: &[u8]) -> &'static [u8] {
-    static KEPT: Mutex<Vec<AtomicPtr<u64>>> = Mutex::new(Vec::new());
+    static KEPT: Mutex<Vec<&'static [u8]>> = Mutex::new(Vec::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = kept.iter().find(|known| **known == bytes) {
+        return known;
+    }
     // Words, so that structures in it are aligned as in a module that is loaded at a page.
     let words = vec![0_u64; bytes.len().div_ceil(8)].leak();
     words.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
-    let pointer = AtomicPtr::new(words.as_mut_ptr());
-    KEPT.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(pointer);
-    &words.as_bytes()[..bytes.len()]
+    let leaked = &words.as_bytes()[..bytes.len()];
+    kept.push(leaked);
+    leaked
 }
 
-fn leak_frames(count: usize) -> &'static mut [FrameInfo] {
-    static KEPT: Mutex<Vec<AtomicPtr<FrameInfo>>> = Mutex::new(Vec::new());
+/// Frame tables of systems that are gone.
+static TABLES: Mutex<Vec<&'static mut [FrameInfo]>> = Mutex::new(Vec::new());
+
+fn frame_table(count: usize) -> &'static mut [FrameInfo] {
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(index) = tables.iter().position(|table| table.len() == count) {
+        let table = tables.swap_remove(index);
+        table.fill_with(FrameInfo::default);
+        return table;
+    }
     let mut frames = Vec::new();
     frames.resize_with(count, FrameInfo::default);
-    let frames = frames.leak();
-    let pointer = AtomicPtr::new(frames.as_mut_ptr());
-    KEPT.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(pointer);
-    frames
+    frames.leak()
 }
 
 /// What a [`System`] is made of.
@@ -658,13 +665,76 @@ pub struct System {
     /// The first processor.
     pub p: Fake,
     /// The core.
-    pub core: Box<spin::Mutex<Core<Fake>>>,
+    pub core: Rc<spin::Mutex<Core<Fake>>>,
     loops: Vec<(Fake, CpuLoop<Fake>)>,
 }
 
 impl Default for System {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        let table = self.core.lock().frames.take_memory();
+        TABLES.lock().unwrap_or_else(PoisonError::into_inner).push(table);
+    }
+}
+
+/// A system as those see it that run in it: programs of vCPUs, models of devices.
+#[derive(Clone)]
+pub struct View {
+    /// The first processor.
+    pub p: Fake,
+    core: Rc<spin::Mutex<Core<Fake>>>,
+}
+
+impl View {
+    /// The page of a domain at a guest frame.
+    #[must_use]
+    pub fn page(&self, id: DomainId, gfn: Gfn) -> Option<Page> {
+        self.core.lock().domain(id)?.p2m.page(&self.p, gfn)
+    }
+
+    /// The memory of a domain at a guest frame, which knows where it is there. `None` where there
+    /// is none.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn memory(&self, id: DomainId, gfn: Gfn) -> Option<Frame> {
+        let page = self.page(id, gfn).filter(|page| page.kind != Kind::Device)?;
+        Some(self.p.frame(page.mfn).alias_at(gfn))
+    }
+
+    /// Whether a frame is memory of a domain's own.
+    #[must_use]
+    pub fn owns(&self, id: DomainId, mfn: Mfn) -> bool {
+        self.core.lock().frames().is_owned_by(mfn, id)
+    }
+
+    /// Which life of any domain a domain lives, if it is alive.
+    #[must_use]
+    pub fn life(&self, id: DomainId) -> Option<u64> {
+        let core = self.core.lock();
+        let live = core.domain(id).filter(|it| it.stage == crate::domain::Stage::Live);
+        live.map(|domain| domain.life)
+    }
+
+    /// Makes a domain do something whenever it runs, over all its lives.
+    ///
+    /// # Panics
+    /// There is no such domain.
+    pub fn program(&self, id: DomainId, program: Program) {
+        let frame = self.core.lock().domain(id).expect("it exists").vcpu.frame;
+        self.p.machine().programs.insert(frame, program);
+    }
+
+    /// Raises an event that nobody sent.
+    pub fn raise(&self, id: DomainId, port: EventPort) {
+        let mut core = self.core.lock();
+        if core.domain(id).is_some_and(crate::domain::Domain::is_alive) {
+            core.raise(&mut self.p.clone(), id, port);
+        }
     }
 }
 
@@ -697,7 +767,7 @@ impl System {
         core.init(
             &mut p,
             Boot {
-                frames: leak_frames(config.frames),
+                frames: frame_table(config.frames),
                 usable: core::slice::from_ref(&(0..end)),
                 bundle: leak(bundle),
                 bundle_address: BUNDLE_ADDRESS,
@@ -711,11 +781,17 @@ impl System {
         let loops = (0..config.cpus)
             .map(|cpu| (p.processor(u8::try_from(cpu).expect("few")), CpuLoop::new()))
             .collect();
-        let mut system = Self { p, core: Box::new(spin::Mutex::new(core)), loops };
+        let mut system = Self { p, core: Rc::new(spin::Mutex::new(core)), loops };
         if started.is_ok() {
             system.prepare(D0);
         }
         (system, started)
+    }
+
+    /// The system for those who run in it.
+    #[must_use]
+    pub fn view(&self) -> View {
+        View { p: self.p.clone(), core: self.core.clone() }
     }
 
     // Running.
@@ -730,6 +806,9 @@ impl System {
     fn note_shared_pages(&mut self) {
         let core = self.core.lock();
         let mut machine = self.p.machine();
+        if core::mem::replace(&mut machine.lives, core.lives) == core.lives {
+            return;
+        }
         for domain in core.domains.iter().flatten() {
             machine.shared_of.insert(domain.vcpu.frame, domain.shared);
         }

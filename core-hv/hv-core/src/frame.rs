@@ -97,6 +97,12 @@ impl FrameTable {
         self.info = info;
     }
 
+    /// Gives that memory back; there are no frames any more.
+    #[cfg(any(test, feature = "fake"))]
+    pub(crate) fn take_memory(&mut self) -> &'static mut [FrameInfo] {
+        core::mem::take(&mut self.info)
+    }
+
     /// Adds the whole frames of a range of physical addresses, except frame 0 and those that
     /// have no entry in the table. More ranges than [`MAX_RANGES`] are left unused.
     pub fn add(&mut self, range: &Range<u64>) {
