@@ -3,7 +3,7 @@
 use crate::elf::pad;
 use axolotl_abi::image::{BUNDLE_MAGIC, BundleHeader, BundleImage, ImageError, ImageHeader};
 use axolotl_abi::protocol::crc32;
-use axolotl_abi::system::{self, System};
+use axolotl_abi::system::{self, FIND_DRIVER, System};
 use std::fmt;
 use zerocopy::IntoBytes;
 
@@ -25,9 +25,9 @@ pub enum BundleError {
     Checksum,
     /// The system description cannot be decoded, or is of another version.
     Description,
-    /// A domain names an image that is not there.
+    /// A domain, or the list of drivers, names an image that is not there.
     NoImage {
-        /// The domain.
+        /// The domain or the driver.
         domain: String,
     },
     /// More than the format's numbers can say.
@@ -42,7 +42,7 @@ impl fmt::Display for BundleError {
             Self::LongName(name) => write!(f, "the name `{name}` is longer than 31 bytes"),
             Self::Checksum => write!(f, "the bundle's checksum differs"),
             Self::Description => write!(f, "the bundle's system description cannot be decoded"),
-            Self::NoImage { domain } => write!(f, "the image of domain `{domain}` is missing"),
+            Self::NoImage { domain } => write!(f, "the image of `{domain}` is missing"),
             Self::TooLarge => write!(f, "the bundle is larger than its format allows"),
         }
     }
@@ -135,9 +135,14 @@ pub fn read(bundle: &[u8]) -> Result<Bundle, BundleError> {
         return Err(BundleError::Description);
     }
     let images = table.iter().map(|image| named(bundle, image)).collect::<Result<Vec<_>, _>>()?;
-    let missing = |domain: &&system::Domain| domain.image as usize >= images.len();
-    if let Some(domain) = system.domains.iter().find(missing) {
+    let missing = |image: u32| image as usize >= images.len();
+    let to_find = |image: u32| image == FIND_DRIVER && !system.drivers.is_empty();
+    let mut domains = system.domains.iter();
+    if let Some(domain) = domains.find(|domain| missing(domain.image) && !to_find(domain.image)) {
         return Err(BundleError::NoImage { domain: domain.name.clone() });
+    }
+    if let Some(driver) = system.drivers.iter().find(|driver| missing(driver.image)) {
+        return Err(BundleError::NoImage { domain: driver.driver.clone() });
     }
     Ok(Bundle { system, images, control_pages: header.control_pages })
 }

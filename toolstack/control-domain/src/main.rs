@@ -9,7 +9,7 @@ extern crate alloc;
 
 use alloc::vec::Vec;
 use axolotl_abi::control::{
-    ASSIGN_DMA_TRUSTED, Create, DeathRecord, DomainInfo, PhysInfo, Populate, SetStart,
+    ASSIGN_DMA_TRUSTED, Create, DeathRecord, DomainInfo, PciFunction, PhysInfo, Populate, SetStart,
 };
 use control::uart::{Ports, Uart};
 use control::{Control, Hypervisor, Setup, Wake};
@@ -77,6 +77,11 @@ impl Hypervisor for Core {
 
     fn death(&mut self, domid: DomainId) -> Result<DeathRecord, Errno> {
         unikernel::control::death(domid)
+    }
+
+    fn pci_function(&mut self, bdf: u32) -> Result<PciFunction, Errno> {
+        let mut functions = unikernel::control::pci_functions();
+        functions.find(|function| function.bdf == bdf).ok_or(Errno::ENODEV)
     }
 
     fn assign_device(

@@ -4,9 +4,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use axolotl_abi::image::{BundleHeader, BundleImage, ImageError};
 use axolotl_abi::protocol::crc32;
-use axolotl_abi::system::{self, Domain, Role, System};
+use axolotl_abi::system::{self, Domain, FIND_DRIVER, Role, System};
+use axolotl_abi::volume::Volume;
 use core::fmt;
 use core::mem::size_of;
+use xen_abi::blkif::device_number;
 
 /// A bundle whose headers, checksum and description are sound. Images are checked when they are
 /// laid out, so that a damaged image costs its domain and no other.
@@ -14,7 +16,7 @@ use core::mem::size_of;
 pub struct Bundle<'b> {
     /// What to build.
     pub system: System,
-    /// Flat images, by the index in [`Domain::image`].
+    /// Flat images, by the index in [`Domain::image`] and in [`System::drivers`].
     pub images: Vec<&'b [u8]>,
 }
 
@@ -88,13 +90,17 @@ fn read_description(bytes: &[u8]) -> Result<System, BundleError> {
 
 /// The rules that the builder relies on. The host tool has checked all of the schema's.
 fn check(system: &System, images: usize) -> Result<(), BundleError> {
-    let domains = &system.domains;
+    let System { domains, drivers, .. } = system;
+    if drivers.iter().any(|driver| driver.image as usize >= images) {
+        let name = "driver".into();
+        return Err(BundleError::Inconsistent(name, "there is no image of a driver"));
+    }
     let inconsistent = |domain: &Domain, what| {
         Err(BundleError::Inconsistent(domain.name.chars().take(31).collect(), what))
     };
     for (at, domain) in domains.iter().enumerate() {
-        let is_driver = |name: &String| {
-            domains.iter().any(|other| other.name == *name && other.role == Role::Driver)
+        let is_driver = |name: &str| {
+            domains.iter().any(|other| other.name == name && other.role == Role::Driver)
         };
         let before = &domains[..at];
         let text = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
@@ -108,10 +114,14 @@ fn check(system: &System, images: usize) -> Result<(), BundleError> {
             "a second control domain"
         } else if domain.role == Role::Store && before.iter().any(|d| d.role == Role::Store) {
             "a second store domain"
-        } else if domain.image as usize >= images {
+        } else if domain.image == FIND_DRIVER && (domain.devices.is_empty() || drivers.is_empty()) {
+            "there is no driver to find"
+        } else if domain.image != FIND_DRIVER && domain.image as usize >= images {
             "there is no such image"
-        } else if domain.vifs.iter().any(|vif| !is_driver(&vif.backend)) {
+        } else if !backends(domain).all(is_driver) {
             "its backend is not a driver domain"
+        } else if !disks_are_sound(domain) {
+            "a disk has no usable name, or one that is taken, or no volume"
         } else if at >= 128 {
             "too many domains"
         } else {
@@ -120,4 +130,20 @@ fn check(system: &System, images: usize) -> Result<(), BundleError> {
         return inconsistent(domain, what);
     }
     Ok(())
+}
+
+/// Whom a guest's devices come from.
+fn backends(domain: &Domain) -> impl Iterator<Item = &str> {
+    let vifs = domain.vifs.iter().map(|vif| vif.backend.as_str());
+    vifs.chain(domain.disks.iter().map(|disk| disk.backend.as_str()))
+}
+
+fn disks_are_sound(domain: &Domain) -> bool {
+    let is_volume = |text: &str| Volume::parse(text).is_ok();
+    domain.disks.iter().enumerate().all(|(at, disk)| {
+        device_number(&disk.dev).is_some()
+            && domain.disks[..at].iter().all(|other| other.dev != disk.dev)
+            && is_volume(&disk.volume)
+            && disk.backing.as_deref().is_none_or(is_volume)
+    })
 }

@@ -2,21 +2,24 @@
 
 use crate::bundle::{Bundle, BundleError};
 use crate::console::write_line;
-use crate::domain::{Managed, Phase};
+use crate::domain::{DriverProgram, Managed, Phase, Program, bdf_text};
 use crate::hypervisor::{Hypervisor, until_done};
 use crate::store::{Finished, Op, StoreQueue};
 use crate::supervision::{Decision, describe};
 use crate::tree;
 use alloc::collections::VecDeque;
 use alloc::format;
+use alloc::rc::Rc;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use axolotl_abi::control::{DeathRecord, STATE_DEAD};
+use axolotl_abi::drivers::{self, Service};
 use axolotl_abi::protocol::Framer;
-use axolotl_abi::system::Role;
+use axolotl_abi::system::{FIND_DRIVER, Role};
 use core::fmt;
 use xen_abi::{DomainId, Errno, EventPort};
 use xenbus::Transport;
+use xenbus::device::DeviceKind;
 
 /// Bytes of own messages that are kept for `axl console control`.
 const OWN_LOG: usize = 16 * 1024;
@@ -256,7 +259,10 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Starting;
         match managed.build(&mut self.hv, self.store_port) {
-            Ok(port) => self.built(at, port),
+            Ok(port) => {
+                self.say_found(at);
+                self.built(at, port);
+            }
             Err(error) => {
                 let text = format!("cannot be built: {}", error.what);
                 // Whatever was made of it so far goes; a domain that was not created is no error.
@@ -267,6 +273,28 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
                 self.say_of(at, &text);
                 self.domains[at].phase = Phase::Held(text);
             }
+        }
+    }
+
+    /// Says which driver was found for a domain, and whose devices it cannot serve.
+    fn say_found(&mut self, at: usize) {
+        let Managed { domid, found: Some(driver), domain, .. } = &self.domains[at] else { return };
+        let place = domain.devices.first().map_or_else(String::new, |device| bdf_text(device.bdf));
+        let mut lines = Vec::from([format!("runs the driver {} for {place}", driver.name)]);
+        let kind = match driver.service {
+            Service::Network => DeviceKind::Vif,
+            Service::Block => DeviceKind::Vbd,
+        };
+        for guest in &self.domains {
+            let devices = guest.splits.iter().map(|split| split.device);
+            let wrong = devices.filter(|device| device.backend == *domid && device.kind != kind);
+            lines.extend(wrong.map(|device| {
+                let (what, index, guest) = (device.kind.name(), device.index, &guest.domain.name);
+                format!("cannot serve {what} {index} of {guest}: that is no work of its driver's")
+            }));
+        }
+        for line in lines {
+            self.say_of(at, &line);
         }
     }
 
@@ -300,33 +328,26 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
 
     fn write_home(&mut self, at: usize) {
         let managed = &self.domains[at];
-        let last = managed.vifs.is_empty();
+        let last = managed.splits.is_empty();
         let ops = tree::home_of(&managed.domain, managed.domid);
         self.store.transaction(Tag::Home(at, last), ops);
     }
 
     /// Backends' directories too: they are there before the guest.
     fn write_devices(&mut self, at: usize) {
-        let managed = &self.domains[at];
-        if managed.vifs.is_empty() {
+        let splits = &self.domains[at].splits;
+        if splits.is_empty() {
             return;
         }
-        let both = managed.vifs.iter().zip(&managed.domain.vifs);
-        let ops = both.flat_map(|(vif, config)| {
-            let mut ops = tree::backend_of(*vif, config.mac);
-            ops.extend(tree::frontend_of(*vif, config.mac));
-            ops
-        });
-        let ops = ops.collect();
+        let both = |split| [tree::backend_of(split), tree::frontend_of(split)].concat();
+        let ops = splits.iter().flat_map(both).collect();
         self.store.transaction(Tag::Devices(at), ops);
     }
 
     /// The frontends' directories alone, for the next incarnation of a guest. Its backends'
     /// directories are theirs.
     fn reset_devices(&mut self, at: usize) {
-        let managed = &self.domains[at];
-        let both = managed.vifs.iter().zip(&managed.domain.vifs);
-        let ops = both.flat_map(|(vif, config)| tree::frontend_of(*vif, config.mac)).collect();
+        let ops = self.domains[at].splits.iter().flat_map(tree::frontend_of).collect();
         self.store.transaction(Tag::Devices(at), ops);
     }
 
@@ -428,12 +449,12 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
     pub(crate) fn restart(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Starting;
-        managed.has_nodes = managed.vifs.is_empty();
+        managed.has_nodes = managed.splits.is_empty();
         managed.is_built = false;
         managed.restarts = managed.restarts.saturating_add(1);
         match managed.rebuild(&mut self.hv, self.store_port) {
             Ok(port) => {
-                if !self.domains[at].vifs.is_empty() {
+                if !self.domains[at].splits.is_empty() {
                     self.reset_devices(at);
                 }
                 self.built(at, port);
@@ -456,7 +477,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
     pub(crate) fn remove(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Removing;
-        let ops = tree::remove(managed.domid, &managed.vifs);
+        let ops = tree::remove(managed.domid, &managed.splits);
         // It must not run on with its nodes gone. One that is dead cannot be paused.
         let domid = managed.domid;
         let _ = until_done(|| self.hv.pause(domid));
@@ -550,13 +571,21 @@ fn managed<'b>(bundle: &Bundle<'b>) -> Vec<Managed<'b>> {
         let at = domains.iter().position(|domain| domain.name == name);
         at.and_then(|at| ids.get(at)).copied().unwrap_or(DomainId::INVALID)
     };
+    let image = |index: u32| bundle.images.get(index as usize).copied().unwrap_or(&[]);
+    let known = bundle.system.drivers.iter().filter_map(|program| {
+        let driver = drivers::by_name(&program.driver)?;
+        Some(DriverProgram { driver, image: image(program.image) })
+    });
+    let known: Rc<[_]> = known.collect();
     let with_ids = domains.iter().zip(&ids);
     with_ids
         .map(|(domain, &domid)| {
-            let vifs = (0..).zip(&domain.vifs);
-            let vifs = vifs.map(|(index, vif)| tree::vif(id_of(&vif.backend), domid, index));
-            let image = bundle.images.get(domain.image as usize).copied().unwrap_or(&[]);
-            Managed::new(domain.clone(), domid, image, vifs.collect())
+            let program = match domain.image {
+                FIND_DRIVER => Program::ToFind(Rc::clone(&known)),
+                index => Program::Image(image(index)),
+            };
+            let splits = tree::splits(domain, domid, id_of);
+            Managed::new(domain.clone(), domid, program, splits)
         })
         .collect()
 }

@@ -4,10 +4,15 @@ use crate::console::Console;
 use crate::hypervisor::{Hypervisor, until_done};
 use crate::plan::{Plan, config_bytes};
 use crate::supervision::History;
+use crate::tree::Split;
 use alloc::format;
+use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
-use axolotl_abi::control::{CLASS_DRIVER, CLASS_GUEST, Create, KIND_UNIKERNEL, Populate, SetStart};
+use axolotl_abi::control::{
+    CLASS_DRIVER, CLASS_GUEST, Create, KIND_UNIKERNEL, PciFunction, Populate, SetStart,
+};
+use axolotl_abi::drivers::{self, Driver};
 use axolotl_abi::start::{
     MMIO_GPA, STACK_TOP_GPA, START_INFO_GPA, START_MAGIC, StartInfo, XENSTORE_RING_GPA,
 };
@@ -15,7 +20,6 @@ use axolotl_abi::system::{Dma, Domain, Role};
 use core::mem::size_of;
 use xen_abi::xenstore::{CONNECTION, RECONNECT};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
-use xenbus::device::Device;
 use zerocopy::IntoBytes;
 
 /// The store domain's id, fixed.
@@ -62,7 +66,8 @@ pub(crate) struct Managed<'b> {
     pub(crate) domain: Domain,
     pub(crate) domid: DomainId,
     pub(crate) phase: Phase,
-    pub(crate) vifs: Vec<Device>,
+    /// What it uses of other domains.
+    pub(crate) splits: Vec<Split>,
     pub(crate) history: History,
     pub(crate) restarts: u32,
     pub(crate) console: Console,
@@ -70,24 +75,51 @@ pub(crate) struct Managed<'b> {
     /// Steps towards the next start that are done.
     pub(crate) is_built: bool,
     pub(crate) has_nodes: bool,
+    /// The driver that was found for it, if one had to be.
+    pub(crate) found: Option<&'static Driver>,
+    program: Program<'b>,
+    /// What it runs, once it was built.
     image: &'b [u8],
     plan: Option<Plan>,
 }
 
+/// What a domain runs.
+#[derive(Clone, Debug)]
+pub(crate) enum Program<'b> {
+    /// This flat image.
+    Image(&'b [u8]),
+    /// The one of these that serves its first device.
+    ToFind(Rc<[DriverProgram<'b>]>),
+}
+
+/// A driver's name and flat image.
+#[derive(Clone, Debug)]
+pub(crate) struct DriverProgram<'b> {
+    pub(crate) driver: &'static Driver,
+    pub(crate) image: &'b [u8],
+}
+
 impl<'b> Managed<'b> {
-    pub(crate) fn new(domain: Domain, domid: DomainId, image: &'b [u8], vifs: Vec<Device>) -> Self {
+    pub(crate) fn new(
+        domain: Domain,
+        domid: DomainId,
+        program: Program<'b>,
+        splits: Vec<Split>,
+    ) -> Self {
         Self {
             domain,
             domid,
             phase: Phase::Starting,
-            vifs,
+            splits,
             history: History::default(),
             restarts: 0,
             console: Console::default(),
             tail_at_death: Vec::new(),
             is_built: false,
             has_nodes: false,
-            image,
+            found: None,
+            program,
+            image: &[],
             plan: None,
         }
     }
@@ -102,6 +134,7 @@ impl<'b> Managed<'b> {
         hv: &mut H,
         store_port: EventPort,
     ) -> Result<Option<EventPort>, BuildError> {
+        self.image = self.choose(hv)?;
         let config = config_bytes(&self.domain).max(4);
         let (memory, preserved) = (self.domain.memory_pages, self.domain.preserved_pages);
         let plan = Plan::new(self.image, memory, preserved, config)
@@ -127,6 +160,29 @@ impl<'b> Managed<'b> {
         }
         self.plan = Some(plan);
         self.fill(hv, store_port)
+    }
+
+    /// The flat image to run: its own, or that of the driver for its first device.
+    fn choose<H: Hypervisor>(&mut self, hv: &mut H) -> Result<&'b [u8], BuildError> {
+        let drivers = match &self.program {
+            Program::Image(image) => return Ok(image),
+            Program::ToFind(drivers) => drivers,
+        };
+        let bdf = self.domain.devices.first().map_or(u32::MAX, |device| device.bdf);
+        let refuse = |why: String, errno| BuildError { what: format!("its driver: {why}"), errno };
+        let function = hv.pci_function(bdf).map_err(|errno| {
+            refuse(format!("there is no device at {} ({errno})", bdf_text(bdf)), errno)
+        })?;
+        let PciFunction { vendor, device, class, .. } = function;
+        let wanted = drivers::for_function(vendor, device, class);
+        let found = drivers.iter().find(|program| Some(program.driver) == wanted);
+        let Some(found) = found else {
+            let place = bdf_text(bdf);
+            let what = format!("{place} ({vendor:04x}:{device:04x}, class {class:06x})");
+            return Err(refuse(format!("none here serves {what}"), Errno::ENODEV));
+        };
+        self.found = Some(found.driver);
+        Ok(found.image)
     }
 
     fn create<H: Hypervisor>(&self, hv: &mut H) -> Result<(), BuildError> {
@@ -221,6 +277,12 @@ impl<'b> Managed<'b> {
         bytes.extend_from_slice(config);
         bytes
     }
+}
+
+/// A PCI function's place as people write it.
+pub(crate) fn bdf_text(bdf: u32) -> String {
+    let tail = format!("{:02x}:{:02x}.{}", bdf >> 8 & 0xff, bdf >> 3 & 0x1f, bdf & 7);
+    if bdf >> 16 == 0 { tail } else { format!("{:04x}:{tail}", bdf >> 16) }
 }
 
 /// A name as the core wants it: the last byte stays NUL.

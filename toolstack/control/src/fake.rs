@@ -14,8 +14,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use axolotl_abi::control::{
     CONSOLE_OF_CORE, Create, DEATH_CRASHED, DEATH_FAULT, DEATH_RESTARTED, DEATH_SHUTDOWN,
-    DeathRecord, DomainInfo, INFO_DMA_TRUSTED, PhysInfo, Populate, STATE_BLOCKED, STATE_BUILDING,
-    STATE_DEAD, STATE_PAUSED, STATE_RUNNING, SetStart,
+    DeathRecord, DomainInfo, INFO_DMA_TRUSTED, PciFunction, PhysInfo, Populate, STATE_BLOCKED,
+    STATE_BUILDING, STATE_DEAD, STATE_PAUSED, STATE_RUNNING, SetStart,
 };
 use axolotl_abi::image::{
     BUNDLE_MAGIC, BundleHeader, BundleImage, IMAGE_MAGIC, ImageHeader, Segment,
@@ -69,6 +69,8 @@ pub struct FakeCore {
     pub again: u32,
     /// What the next operation of this name answers instead of being done.
     pub fail: Option<(&'static str, Errno)>,
+    /// The PCI functions of the machine.
+    pub functions: Vec<PciFunction>,
     again_left: u32,
 }
 
@@ -304,6 +306,11 @@ impl Hypervisor for FakeCore {
 
     fn death(&mut self, domid: DomainId) -> Result<DeathRecord, Errno> {
         Ok(self.find(domid)?.death)
+    }
+
+    fn pci_function(&mut self, bdf: u32) -> Result<PciFunction, Errno> {
+        let mut functions = self.functions.iter();
+        functions.find(|function| function.bdf == bdf).copied().ok_or(Errno::ENODEV)
     }
 
     fn assign_device(

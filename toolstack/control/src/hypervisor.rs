@@ -1,6 +1,8 @@
 //! What the control domain asks of the core.
 
-use axolotl_abi::control::{Create, DeathRecord, DomainInfo, PhysInfo, Populate, SetStart};
+use axolotl_abi::control::{
+    Create, DeathRecord, DomainInfo, PciFunction, PhysInfo, Populate, SetStart,
+};
 use xen_abi::{DomainId, Errno, EventPort, GrantRef};
 
 /// The core, as the control domain sees it: the operations of [`axolotl_abi::control`], and what
@@ -40,6 +42,8 @@ pub trait Hypervisor {
     fn info(&mut self, from: DomainId) -> Result<DomainInfo, Errno>;
     /// `GET_DEATH`.
     fn death(&mut self, domid: DomainId) -> Result<DeathRecord, Errno>;
+    /// `GET_PCI_FUNCTION`, for the function at `bdf`; `ENODEV` when there is none.
+    fn pci_function(&mut self, bdf: u32) -> Result<PciFunction, Errno>;
     /// `ASSIGN_DEVICE`; the first address behind its BARs, which start at or behind `gpa`.
     fn assign_device(
         &mut self,

@@ -5,17 +5,17 @@
 use crate::bundle::{Bundle, BundleError};
 use crate::fake::{FakeCore, bundle, default_bundle, image, system};
 use crate::{Control, Setup, StartError, Wake};
-use axolotl_abi::control::{STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED};
+use axolotl_abi::control::{PciFunction, STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED};
 use axolotl_abi::protocol::{
     self, DomainState, Failure, FromControl, Request, Response, ToControl,
 };
 use axolotl_abi::start::{PRESERVED_GPA, START_INFO_GPA, StartInfo};
-use axolotl_abi::system::{OnEnd, System};
+use axolotl_abi::system::{Disk, DriverImage, FIND_DRIVER, OnEnd, System};
 use proptest::prelude::*;
 use xen_abi::{DomainId, Errno, EventPort};
 use xenbus::{Nodes, Transport};
 use xenstore::LocalStore;
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, FromZeros};
 
 const MS: u64 = 1_000_000;
 
@@ -178,6 +178,175 @@ fn a_vif_has_both_its_directories() {
     let mut guest = rig.store.client(DomainId(3));
     guest.write("device/vif/0/tx-ring-ref", b"8").unwrap();
     assert_eq!(guest.read_string(&format!("{back}/state")).unwrap(), "2");
+}
+
+/// [`system`] with a disk domain `disk0` (d4) and two disks of the guest's on it.
+fn disk_system() -> System {
+    let mut system = system();
+    let mut disk0 = system.domains[1].clone();
+    disk0.name = "disk0".into();
+    disk0.devices[0].bdf = 0x18;
+    let disk = |dev: &str, volume: &str| Disk {
+        backend: "disk0".into(),
+        dev: dev.into(),
+        volume: volume.into(),
+        writable: true,
+        cow: false,
+        backing: None,
+    };
+    let cow = Disk {
+        writable: false,
+        cow: true,
+        backing: Some("gpt:base".into()),
+        ..disk("xvdb", "gpt:top")
+    };
+    system.domains[2].disks = vec![disk("xvda", "2/range:0+1048576"), cow];
+    system.domains.push(disk0);
+    system
+}
+
+fn rig_with(system: &System, core: FakeCore) -> Rig {
+    let images = [image(1), image(1), image(1), image(1), image(2)];
+    let mut rig = rig_of(bundle(system, &images), core).unwrap();
+    rig.settle();
+    rig
+}
+
+/// xen-abi.md, §6.6 and appendix C: the keys of a vbd, and who may write them.
+#[test]
+fn a_vbd_has_both_its_directories() {
+    let mut rig = rig_with(&disk_system(), FakeCore::new());
+    let (front, back) = ("/local/domain/3/device/vbd", "/local/domain/4/backend/vbd/3");
+    for (path, value) in [
+        (format!("{front}/51712/backend"), "/local/domain/4/backend/vbd/3/51712"),
+        (format!("{front}/51712/backend-id"), "4"),
+        (format!("{front}/51712/state"), "1"),
+        (format!("{front}/51712/virtual-device"), "51712"),
+        (format!("{front}/51712/device-type"), "disk"),
+        (format!("{front}/51712/trusted"), "1"),
+        (format!("{front}/51728/virtual-device"), "51728"),
+        (format!("{back}/51712/frontend"), "/local/domain/3/device/vbd/51712"),
+        (format!("{back}/51712/frontend-id"), "3"),
+        (format!("{back}/51712/online"), "1"),
+        (format!("{back}/51712/state"), "1"),
+        (format!("{back}/51712/removable"), "0"),
+        (format!("{back}/51712/bootable"), "1"),
+        (format!("{back}/51712/dev"), "xvda"),
+        (format!("{back}/51712/device-type"), "disk"),
+        (format!("{back}/51712/params"), "2/range:0+1048576"),
+        (format!("{back}/51712/mode"), "w"),
+        (format!("{back}/51712/format"), "raw"),
+        (format!("{back}/51728/params"), "gpt:top"),
+        (format!("{back}/51728/mode"), "r"),
+        (format!("{back}/51728/format"), "qcow2"),
+        (format!("{back}/51728/backing"), "gpt:base"),
+    ] {
+        assert_eq!(rig.value(&path).as_deref(), Some(value), "{path}");
+    }
+    assert_eq!(rig.value(&format!("{back}/51712/backing")), None);
+    let perms = |rig: &mut Rig, path: &str| match rig.node(path) {
+        Response::Node { perms, .. } => perms,
+        other => panic!("{path}: {other:?}"),
+    };
+    assert_eq!(perms(&mut rig, &format!("{front}/51712/state")), ["n3", "r4"]);
+    assert_eq!(perms(&mut rig, &format!("{back}/51712/state")), ["n4", "r3"]);
+    assert_eq!(perms(&mut rig, front)[0], "n0");
+    let mut driver = rig.store.client(DomainId(4));
+    assert_eq!(driver.directory("backend/vbd/3").unwrap(), ["51712", "51728"]);
+    driver.write("backend/vbd/3/51712/sectors", b"2048").unwrap();
+    let mut guest = rig.store.client(DomainId(3));
+    guest.write("device/vbd/51712/ring-ref", b"8").unwrap();
+    assert_eq!(rig.ask(Request::Destroy("demo".into())), Response::Done);
+    rig.settle();
+    assert_eq!(rig.value(&format!("{back}/51712/params")), None);
+    assert_eq!(rig.value(&format!("{back}/51728/params")), None);
+}
+
+/// A block driver grows back as a network driver does; the other one lives on.
+#[test]
+fn a_block_driver_restarts_in_place_and_a_guest_with_fresh_disks() {
+    let mut rig = rig_with(&disk_system(), FakeCore::new());
+    let before = rig.store.generation();
+    rig.core().kill("disk0", None, 600 * MS);
+    rig.settle();
+    assert_eq!(rig.core().named("disk0").incarnation, 2);
+    assert_eq!(rig.core().named("net0").incarnation, 1);
+    assert_eq!(rig.store.generation(), before, "a node changed");
+    rig.store.client(DomainId(3)).write("device/vbd/51728/ring-ref", b"8").unwrap();
+    rig.core().kill("demo", None, 600 * MS);
+    rig.settle();
+    assert_eq!(rig.core().named("demo").state, STATE_BLOCKED);
+    assert_eq!(rig.value("/local/domain/3/device/vbd/51728/ring-ref"), None);
+    assert_eq!(rig.value("/local/domain/3/device/vbd/51728/state").as_deref(), Some("1"));
+}
+
+fn function(bdf: u32, vendor: u16, device: u16, class: u32) -> PciFunction {
+    PciFunction { bdf, vendor, device, class, ..PciFunction::new_zeroed() }
+}
+
+/// [`disk_system`], whose disk domain's driver is to be found; image 4 is that of `nvme`.
+fn system_to_find() -> System {
+    let mut system = disk_system();
+    system.domains[3].image = FIND_DRIVER;
+    let program = |driver: &str, image| DriverImage { driver: driver.into(), image };
+    system.drivers = vec![program("e1000e", 2), program("nvme", 4)];
+    system
+}
+
+#[test]
+fn a_driver_is_found_by_the_class_of_its_device() {
+    let mut core = FakeCore::new();
+    core.functions = vec![function(0x18, 0x1234, 0x5678, 0x01_08_02)];
+    let mut rig = rig_with(&system_to_find(), core);
+    assert_eq!(rig.core().named("disk0").state, STATE_BLOCKED);
+    let code = |rig: &mut Rig, name: &str| rig.core().named(name).loaded[&0x20_0000].len();
+    assert_eq!(code(&mut rig, "disk0"), 2, "the image of the driver for NVMe");
+    assert!(rig.output().contains("control| disk0 runs the driver nvme for 00:03.0\n"));
+    rig.core().kill("disk0", None, 600 * MS);
+    rig.settle();
+    assert_eq!(code(&mut rig, "disk0"), 2);
+}
+
+#[test]
+fn a_device_that_no_driver_serves_costs_its_domain_only() {
+    for (functions, why) in [
+        (vec![], "its driver: there is no device at 00:03.0 (ENODEV)"),
+        (
+            vec![function(0x18, 0x1234, 0x5678, 0x03_00_00)],
+            "its driver: none here serves 00:03.0 (1234:5678, class 030000)",
+        ),
+        // There is a driver for it, but not in this bundle.
+        (
+            vec![function(0x18, 0x1234, 0x5678, 0x01_06_01)],
+            "its driver: none here serves 00:03.0 (1234:5678, class 010601)",
+        ),
+    ] {
+        let mut core = FakeCore::new();
+        core.functions = functions;
+        let mut rig = rig_with(&system_to_find(), core);
+        let output = rig.output();
+        assert!(output.contains(&format!("disk0 cannot be built: {why}\n")), "{output}");
+        assert_eq!(rig.list().last().unwrap().1, DomainState::Held);
+        assert_eq!(rig.core().named("demo").state, STATE_BLOCKED);
+        let Response::List(lines) = rig.ask(Request::List) else { panic!() };
+        assert!(lines.last().unwrap().held.as_ref().unwrap().contains(why));
+        // The card is plugged in, and somebody asks again.
+        rig.core().functions = vec![function(0x18, 0x1234, 0x5678, 0x01_08_02)];
+        assert_eq!(rig.ask(Request::Restart("disk0".into())), Response::Done);
+        rig.settle();
+        assert_eq!(rig.core().named("disk0").state, STATE_BLOCKED);
+    }
+}
+
+#[test]
+fn a_found_driver_of_the_wrong_kind_is_said() {
+    let mut core = FakeCore::new();
+    core.functions = vec![function(0x18, 0x8086, 0x10d3, 0x02_00_00)];
+    let mut rig = rig_with(&system_to_find(), core);
+    let output = rig.output();
+    assert!(output.contains("disk0 runs the driver e1000e for 00:03.0\n"), "{output}");
+    assert!(output.contains("disk0 cannot serve vbd 51712 of demo: "), "{output}");
+    assert!(!output.contains("cannot serve vif"), "{output}");
 }
 
 /// architecture.md §6: no xenbus state changes, and memory stays.
@@ -463,6 +632,26 @@ fn damaged_bundles_are_refused() {
     ];
     for change in changes {
         assert!(matches!(refused(change), BundleError::Inconsistent(..)));
+    }
+    let refused = |change: &dyn Fn(&mut System)| {
+        let mut system = system_to_find();
+        change(&mut system);
+        let images = [image(1), image(1), image(1), image(1), image(1)];
+        Bundle::read(&bundle(&system, &images)).map(drop)
+    };
+    assert!(refused(&|_| ()).is_ok());
+    let changes: [&dyn Fn(&mut System); 8] = [
+        &|s| s.drivers.clear(),
+        &|s| s.drivers[1].image = 5,
+        &|s| s.domains[3].devices.clear(),
+        &|s| s.domains[2].disks[0].backend = "demo".into(),
+        &|s| s.domains[2].disks[0].dev = "xvdb".into(),
+        &|s| s.domains[2].disks[0].dev = "../x".into(),
+        &|s| s.domains[2].disks[0].volume = "gpt:".into(),
+        &|s| s.domains[2].disks[1].backing = Some("nothing".into()),
+    ];
+    for change in changes {
+        assert!(matches!(refused(change), Err(BundleError::Inconsistent(..))));
     }
 }
 

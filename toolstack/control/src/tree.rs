@@ -3,19 +3,60 @@
 //! Nodes belong to domain 0 and can be read by the domain that they are about, unless said
 //! otherwise. A node that is created takes its parent's permissions, so these are set first.
 //!
-//! Source: `docs/misc/xenstore-paths.pandoc`, `xen/include/public/io/{xenbus,netif}.h`.
+//! Source: `docs/misc/xenstore-paths.pandoc`, `xen/include/public/io/{xenbus,netif,blkif}.h`.
 
 use crate::store::Op;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use axolotl_abi::system::Domain;
-use xen_abi::DomainId;
+use axolotl_abi::system::{Disk, Domain};
+use xen_abi::{DomainId, blkif};
 use xenbus::Permission;
 use xenbus::device::{Device, DeviceKind, home};
 
 /// The domain that owns what the toolstack writes.
 const TOOLSTACK: DomainId = DomainId(0);
+
+/// A split device that a guest uses, and what its nodes say about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Split {
+    pub(crate) device: Device,
+    pub(crate) config: Config,
+}
+
+/// What the nodes of a split device say about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Config {
+    /// A network interface.
+    Vif {
+        /// Its address.
+        mac: [u8; 6],
+    },
+    /// A disk.
+    Vbd(Disk),
+}
+
+/// The split devices of a guest. A disk whose name is none is left out: no bundle that was
+/// accepted has one.
+pub(crate) fn splits(
+    domain: &Domain,
+    frontend: DomainId,
+    id_of: impl Fn(&str) -> DomainId,
+) -> Vec<Split> {
+    let device = |kind, backend: &str, index| {
+        let backend = id_of(backend);
+        Device { kind, backend, frontend, index }
+    };
+    let vifs = (0..).zip(&domain.vifs).map(|(index, vif)| Split {
+        device: device(DeviceKind::Vif, &vif.backend, index),
+        config: Config::Vif { mac: vif.mac },
+    });
+    let vbds = domain.disks.iter().filter_map(|disk| {
+        let device = device(DeviceKind::Vbd, &disk.backend, blkif::device_number(&disk.dev)?);
+        Some(Split { device, config: Config::Vbd(disk.clone()) })
+    });
+    vifs.chain(vbds).collect()
+}
 
 /// Builds a list of operations.
 #[derive(Default)]
@@ -55,12 +96,12 @@ pub(crate) fn home_of(domain: &Domain, domid: DomainId) -> Vec<Op> {
     for node in ["shutdown", "sysrq", "feature-poweroff", "feature-reboot"] {
         ops.directory(format!("{path}/control/{node}"), domid, domid);
     }
-    for node in ["device/vif", "backend", "data", "drivers", "feature", "attr", "error"] {
-        if node == "device/vif" && domain.vifs.is_empty() {
-            continue;
-        }
-        let owner = if node.starts_with("device") { TOOLSTACK } else { domid };
-        ops.directory(format!("{path}/{node}"), owner, domid);
+    let devices = [("device/vif", domain.vifs.is_empty()), ("device/vbd", domain.disks.is_empty())];
+    for (node, _) in devices.iter().filter(|(_, is_empty)| !is_empty) {
+        ops.directory(format!("{path}/{node}"), TOOLSTACK, domid);
+    }
+    for node in ["backend", "data", "drivers", "feature", "attr", "error"] {
+        ops.directory(format!("{path}/{node}"), domid, domid);
     }
     ops.directory(format!("/vm/{uuid}"), TOOLSTACK, domid);
     ops.write(&format!("/vm/{uuid}"), "uuid", &uuid);
@@ -73,47 +114,68 @@ fn mac_text(mac: [u8; 6]) -> String {
     format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }
 
-/// The interface number `index` of a guest, as its backend finds it.
-pub(crate) fn backend_of(vif: Device, mac: [u8; 6]) -> Vec<Op> {
+/// A split device of a guest, as its backend finds it.
+pub(crate) fn backend_of(split: &Split) -> Vec<Op> {
     let mut ops = Ops::default();
-    let path = vif.backend_path();
-    ops.directory(path.clone(), vif.backend, vif.frontend);
-    ops.write(&path, "frontend", vif.frontend_path());
-    ops.write(&path, "frontend-id", vif.frontend.0);
+    let device = &split.device;
+    let path = device.backend_path();
+    ops.directory(path.clone(), device.backend, device.frontend);
+    ops.write(&path, "frontend", device.frontend_path());
+    ops.write(&path, "frontend-id", device.frontend.0);
     ops.write(&path, "online", 1);
-    ops.write(&path, "handle", vif.index);
-    ops.write(&path, "mac", mac_text(mac));
+    match &split.config {
+        Config::Vif { mac } => {
+            ops.write(&path, "handle", device.index);
+            ops.write(&path, "mac", mac_text(*mac));
+        }
+        Config::Vbd(disk) => {
+            ops.write(&path, "removable", 0);
+            ops.write(&path, "bootable", 1);
+            ops.write(&path, "dev", &disk.dev);
+            ops.write(&path, "device-type", "disk");
+            ops.write(&path, "params", &disk.volume);
+            ops.write(&path, "mode", if disk.writable { "w" } else { "r" });
+            ops.write(&path, "format", if disk.cow { "qcow2" } else { "raw" });
+            if let Some(backing) = &disk.backing {
+                ops.write(&path, "backing", backing);
+            }
+        }
+    }
     ops.write(&path, "state", 1);
     ops.0
 }
 
-/// The interface number `index` of a guest, as the guest finds it. Written anew for each
-/// incarnation of the guest: what the last one left there (its rings and ports) must go, and a
-/// backend that is connected to it takes the state 1 as word that there is a new one.
-pub(crate) fn frontend_of(vif: Device, mac: [u8; 6]) -> Vec<Op> {
+/// A split device of a guest, as the guest finds it. Written anew for each incarnation of the
+/// guest: what the last one left there (its rings and ports) must go, and a backend that is
+/// connected to it takes the state 1 as word that there is a new one.
+pub(crate) fn frontend_of(split: &Split) -> Vec<Op> {
     let mut ops = Ops::default();
-    let path = vif.frontend_path();
+    let device = &split.device;
+    let path = device.frontend_path();
     ops.0.push(Op::Rm(path.clone()));
-    ops.directory(path.clone(), vif.frontend, vif.backend);
-    ops.write(&path, "backend", vif.backend_path());
-    ops.write(&path, "backend-id", vif.backend.0);
-    ops.write(&path, "handle", vif.index);
-    ops.write(&path, "mac", mac_text(mac));
+    ops.directory(path.clone(), device.frontend, device.backend);
+    ops.write(&path, "backend", device.backend_path());
+    ops.write(&path, "backend-id", device.backend.0);
+    match &split.config {
+        Config::Vif { mac } => {
+            ops.write(&path, "handle", device.index);
+            ops.write(&path, "mac", mac_text(*mac));
+        }
+        Config::Vbd(_) => {
+            ops.write(&path, "virtual-device", device.index);
+            ops.write(&path, "device-type", "disk");
+        }
+    }
     ops.write(&path, "trusted", 1);
     ops.write(&path, "state", 1);
     ops.0
 }
 
 /// Takes a domain and its devices out of the tree.
-pub(crate) fn remove(domid: DomainId, vifs: &[Device]) -> Vec<Op> {
+pub(crate) fn remove(domid: DomainId, splits: &[Split]) -> Vec<Op> {
     let mut ops = Vec::new();
-    ops.extend(vifs.iter().map(|vif| Op::Rm(vif.backend_path())));
+    ops.extend(splits.iter().map(|split| Op::Rm(split.device.backend_path())));
     ops.push(Op::Rm(home(domid)));
     ops.push(Op::Rm(format!("/vm/00000000-0000-0000-0000-{:012x}", domid.0)));
     ops
-}
-
-/// The interface number `index` of `frontend`.
-pub(crate) const fn vif(backend: DomainId, frontend: DomainId, index: u32) -> Device {
-    Device { kind: DeviceKind::Vif, backend, frontend, index }
 }

@@ -129,7 +129,7 @@ fn disks_are_compiled_as_the_page_says() {
     assert_eq!((&files.content, files.readonly), (&system::DiskContent::DemoFiles, true));
     assert_eq!(compiled.images, ["control-domain", "store-domain", "nvme-domain", "demo-guest"]);
     let [_, disk0, demo] = &compiled.system.domains[..] else { panic!("three domains") };
-    assert!(disk0.preserved_pages > 64, "bounce pages and tables");
+    assert!(disk0.preserved_pages > 32, "bounce pages and tables");
     let disks = demo.disks.iter().map(|disk| {
         let flags = (disk.writable, disk.cow, disk.backing.as_deref());
         (disk.dev.as_str(), disk.volume.as_str(), flags)

@@ -10,9 +10,8 @@ use toml::Spanned;
 
 /// Preserved pages that a network backend uses besides those of its vifs, and for each vif.
 const NETWORK_PAGES: (u32, u32) = (1, 2);
-/// Preserved pages that a block backend uses besides those of its vbds, for each vbd, and for
-/// each one that is a copy-on-write image besides.
-const BLOCK_PAGES: (u32, u32, u32) = (65, 4, 64);
+/// The same of a block backend, for each vbd.
+const BLOCK_PAGES: (u32, u32) = (1, 24);
 /// Least preserved pages that a network driver gets when the file does not say a number.
 const USUAL_PAGES: u32 = 16;
 /// Most preserved pages: the room in the address space is far larger, the use is not.
@@ -23,7 +22,6 @@ const MAX_PRESERVED_PAGES: u32 = 1024;
 pub(super) struct Served {
     vifs: u32,
     disks: u32,
-    cow: u32,
 }
 
 impl Served {
@@ -33,25 +31,20 @@ impl Served {
         let vifs = domains().flat_map(|d| &d.vif).map(Spanned::get_ref);
         let disks = domains().flat_map(|d| &d.disk).map(Spanned::get_ref);
         let disks = disks.filter(|disk| disk.backend.get_ref() == name);
-        let is_cow = |disk: &&schema::Disk| disk.cow.as_ref().is_some_and(|cow| *cow.get_ref());
         let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
         Self {
             vifs: number(vifs.filter(|vif| vif.backend.get_ref() == name).count()),
-            cow: number(disks.clone().filter(is_cow).count()),
             disks: number(disks.count()),
         }
     }
 
     /// Preserved pages that a backend of these needs.
     fn pages(self, service: Service) -> u32 {
-        let (base, each) = match service {
-            Service::Network => (NETWORK_PAGES.0, [(NETWORK_PAGES.1, self.vifs), (0, 0)]),
-            Service::Block => {
-                (BLOCK_PAGES.0, [(BLOCK_PAGES.1, self.disks), (BLOCK_PAGES.2, self.cow)])
-            }
+        let ((base, each), count) = match service {
+            Service::Network => (NETWORK_PAGES, self.vifs),
+            Service::Block => (BLOCK_PAGES, self.disks),
         };
-        each.into_iter()
-            .fold(base, |sum, (pages, count)| sum.saturating_add(pages.saturating_mul(count)))
+        base.saturating_add(each.saturating_mul(count))
     }
 
     /// What needs them, in words.
