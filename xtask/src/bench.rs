@@ -13,13 +13,14 @@ use axolotl_abi::protocol::Why;
 use miette::miette;
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use system::{HostForward, NicNet, Protocol};
 
 /// Crashes of the driver domain that are measured.
 const CRASHES: usize = 100;
@@ -27,9 +28,13 @@ const CRASHES: usize = 100;
 const STEP: Duration = Duration::from_secs(120);
 /// Life between two measured crashes, on the host's clock.
 const BETWEEN: Duration = Duration::from_millis(300);
-/// Downloads at the same time. A crash may lose the acknowledgement that one of them waits for,
-/// so that it stands still for a second; something else shall be waiting then.
+/// Downloads at the same time.
 const CLIENTS: usize = 4;
+/// Time between two datagrams on the host's clock. A crash may lose what every one of the
+/// downloads waits for, and then nothing but these is left to forward.
+const DRIZZLE: Duration = Duration::from_millis(1);
+/// The guest's port for them: "discard".
+const DISCARD_PORT: u16 = 9;
 /// How long a download may stand still before its client begins another.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Processors: with one, `-icount` gives the same figures in every run.
@@ -120,7 +125,8 @@ fn core_figures() -> miette::Result<Vec<Row>> {
 
 /// Boot to first answer, restarts, sizes: on the default system.
 fn path_figures() -> miette::Result<Vec<Row>> {
-    let built = build::build_named(Path::new("default"))?;
+    let mut built = build::build_named(Path::new("default"))?;
+    forward_datagrams(&mut built);
     let (sender, receiver) = channel();
     let mut machine = boot(&built, Accel::IcountIdle, sender)?;
     let server =
@@ -169,7 +175,9 @@ fn outages(
     server: SocketAddr,
     receiver: &Receiver<(String, u64)>,
 ) -> miette::Result<Outages> {
-    let traffic = Traffic::start(server);
+    let drizzle = machine.forwards.iter().find(|forward| forward.guest_port == DISCARD_PORT);
+    let drizzle = drizzle.ok_or_else(|| miette!("no port for datagrams"))?.host;
+    let traffic = Traffic::start(server, drizzle);
     let mut outages = Outages::default();
     for _ in 0..CRASHES {
         std::thread::sleep(BETWEEN);
@@ -208,14 +216,29 @@ fn death_of(machine: &Machine, life: u32) -> miette::Result<Why> {
     Err(miette!("net0 did not come back within {STEP:?}"))
 }
 
-/// Clients that always download, until they are dropped.
+/// Adds a port of the host that leads to [`DISCARD_PORT`] of the guest.
+fn forward_datagrams(built: &mut Built) {
+    let forward = HostForward {
+        protocol: Protocol::Udp,
+        host: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0),
+        guest: None,
+        guest_port: DISCARD_PORT,
+    };
+    for nic in &mut built.compiled.machine.nics {
+        if let NicNet::User { host_forward } = &mut nic.net {
+            host_forward.push(forward);
+        }
+    }
+}
+
+/// Clients that always download, and one that sends datagrams, until they are dropped.
 struct Traffic {
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
 }
 
 impl Traffic {
-    fn start(server: SocketAddr) -> Self {
+    fn start(server: SocketAddr, drizzle: SocketAddrV4) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let client = |_| {
             let stop = Arc::clone(&stop);
@@ -226,7 +249,15 @@ impl Traffic {
                 }
             })
         };
-        let clients = (0..CLIENTS).map(client).collect();
+        let mut clients: Vec<_> = (0..CLIENTS).map(client).collect();
+        let stopped = Arc::clone(&stop);
+        clients.push(std::thread::spawn(move || {
+            let Ok(socket) = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)) else { return };
+            while !stopped.load(Ordering::Relaxed) {
+                let _ = socket.send_to(&[0; 64], drizzle);
+                std::thread::sleep(DRIZZLE);
+            }
+        }));
         Self { stop, clients }
     }
 }
