@@ -11,6 +11,7 @@ pub mod build;
 pub mod bundle;
 pub mod checks;
 pub mod console;
+pub mod disks;
 pub mod doses;
 pub mod elf;
 pub mod http;

@@ -6,8 +6,8 @@
 
 use crate::build::Built;
 use crate::console::{self, Ended, Line};
-use crate::http;
-use crate::qemu::{self, Forward, Options};
+use crate::qemu::{self, Files, Forward, Options};
+use crate::{disks, http, project};
 use axl::mux::Mux;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use std::io::{ErrorKind, Read};
@@ -33,6 +33,8 @@ pub struct Machine {
     pub mux: Mux,
     /// Guests' ports that the host can reach.
     pub forwards: Vec<Forward>,
+    /// The files of its disks, in the order of the system file.
+    pub disks: Vec<PathBuf>,
     errors: Receiver<String>,
     /// When QEMU was started.
     pub started: Instant,
@@ -55,8 +57,10 @@ impl Machine {
         let directory = Directory::new()?;
         let com2 = directory.0.join("com2");
         let listener = UnixListener::bind(&com2).into_diagnostic()?;
-        let mut plan =
-            qemu::plan(&built.compiled.machine, options, &built.core, &built.bundle, &com2)?;
+        let (machine, made) = (&built.compiled.machine, project::image_dir(&built.file));
+        let disks = disks::provide(machine, &built.file, &made, &options.disks)?;
+        let files = Files { core: &built.core, bundle: &built.bundle, com2: &com2, disks: &disks };
+        let mut plan = qemu::plan(machine, options, files)?;
         let started = Instant::now();
         let mut child = plan
             .command
@@ -81,7 +85,7 @@ impl Machine {
             .wrap_err_with(|| format!("cannot serve {}", socket.display()))?;
         let child = guard.0.take().ok_or_else(|| miette!("QEMU is gone"))?;
         let forwards = plan.forwards;
-        Ok(Self { child, lines, mux, forwards, errors, started, _directory: directory })
+        Ok(Self { child, lines, mux, forwards, disks, errors, started, _directory: directory })
     }
 
     /// Where the host reaches the web server of the guest behind the network card `nic`.

@@ -117,7 +117,8 @@ fn work(task: Xtask) -> miette::Result<()> {
         Xtask::Image { system, output, iso } => iso::image(&system, output, iso),
         Xtask::Run { system, headless, limit, smp, accel, any_port, qemu_args } => {
             let ports = if any_port { Ports::Free } else { Ports::AsWritten };
-            let options = Options { accel, cpus: smp, ports, cd: None, extra: qemu_args };
+            let options =
+                Options { accel, cpus: smp, ports, extra: qemu_args, ..Options::default() };
             run::run(&system, &run::Wanted { headless, limit, options })
         }
         Xtask::Test { filter, host, qemu } => {

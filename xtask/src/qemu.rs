@@ -1,14 +1,16 @@
 //! QEMU's command line for a system.
 
+use crate::disks::Place;
 use crate::setup::QEMU;
 use miette::{IntoDiagnostic, miette};
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-use system::{Machine, NicNet, Protocol};
+use system::{FileFormat, Machine, MachineDisk, NicNet, Protocol};
 
 /// The processor model under emulation. Without XSAVE and what needs it: QEMU 7.2's emulation of it is suspect (corrupt
 /// data was measured with it, none without), and neither core nor unikernels use it.
@@ -50,6 +52,8 @@ pub struct Options {
     pub cpus: Option<u32>,
     /// Host ports.
     pub ports: Ports,
+    /// Where the files of disks are.
+    pub disks: Place,
     /// A CD to boot from by the firmware, instead of core and bundle from QEMU.
     pub cd: Option<PathBuf>,
     /// Added at the end of the command line.
@@ -78,17 +82,24 @@ pub struct Plan {
     pub forwards: Vec<Forward>,
 }
 
-/// Makes the command line. `com2` is a socket at which somebody listens.
+/// What is there when QEMU starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Files<'a> {
+    /// The core's ELF file.
+    pub core: &'a Path,
+    /// The bundle.
+    pub bundle: &'a Path,
+    /// A socket at which somebody listens.
+    pub com2: &'a Path,
+    /// The files of the machine's disks, in order.
+    pub disks: &'a [PathBuf],
+}
+
+/// Makes the command line.
 ///
 /// # Errors
 /// A host port is taken.
-pub fn plan(
-    machine: &Machine,
-    options: &Options,
-    core: &Path,
-    bundle: &Path,
-    com2: &Path,
-) -> miette::Result<Plan> {
+pub fn plan(machine: &Machine, options: &Options, files: Files<'_>) -> miette::Result<Plan> {
     let mut command = killed_with_us();
     let accel = resolve(options.accel);
     accelerate(&mut command, accel, machine);
@@ -99,15 +110,17 @@ pub fn plan(
         .args(["-display", "none", "-vga", "none", "-monitor", "none"])
         .args(["-smp", &cpus, "-m", &memory]);
     match &options.cd {
-        Some(cd) => command.arg("-cdrom").arg(cd),
-        None => command.arg("-kernel").arg(core).arg("-initrd").arg(bundle),
+        // Disks come first otherwise, and none of them need be one to boot from.
+        Some(cd) => command.args(["-boot", "order=d"]).arg("-cdrom").arg(cd),
+        None => command.arg("-kernel").arg(files.core).arg("-initrd").arg(files.bundle),
     };
     command
         .args(["-chardev", "stdio,id=com1,signal=off", "-serial", "chardev:com1"])
         .arg("-chardev")
-        .arg(format!("socket,id=com2,path={}", com2.display()))
+        .arg(format!("socket,id=com2,path={}", files.com2.display()))
         .args(["-serial", "chardev:com2"]);
     let forwards = network(&mut command, machine, options.ports)?;
+    storage(&mut command, machine, files.disks);
     command.args(&options.extra);
     Ok(Plan { command, forwards })
 }
@@ -156,8 +169,7 @@ fn network(command: &mut Command, machine: &Machine, ports: Ports) -> miette::Re
             NicNet::Socket { listen: None, connect: None } => "socket".into(),
         };
         net += &format!(",id=net{index}");
-        let (slot, function) = (nic.bdf >> 3 & 31, nic.bdf & 7);
-        let mut device = format!("{},netdev=net{index},addr={slot:#x}.{function}", nic.model);
+        let mut device = format!("{},netdev=net{index}{}", device(&nic.model), address(nic.bdf));
         if let Some(mac) = nic.mac {
             device += ",mac=";
             device += &mac.map(|byte| format!("{byte:02x}")).join(":");
@@ -165,6 +177,86 @@ fn network(command: &mut Command, machine: &Machine, ports: Ports) -> miette::Re
         command.args(["-netdev", &net, "-device", &device]);
     }
     Ok(forwards)
+}
+
+/// QEMU's words for a model: virtio devices as version 1.0 has them, without the older interface.
+fn device(model: &str) -> String {
+    let legacy = if model.starts_with("virtio-") { ",disable-legacy=on" } else { "" };
+    format!("{model}{legacy}")
+}
+
+/// QEMU's words for a place on the first bus.
+fn address(bdf: u32) -> String {
+    format!(",addr={:#x}.{}", bdf >> 3 & 31, bdf & 7)
+}
+
+/// Adds the disks: a controller where the first disk of its address is, and the disks on it.
+fn storage(command: &mut Command, machine: &Machine, files: &[PathBuf]) {
+    let mut controllers: Vec<(u32, usize)> = Vec::new();
+    for (index, (disk, file)) in machine.disks.iter().zip(files).enumerate() {
+        command.arg("-drive").arg(drive(index, disk, file));
+        let known = controllers.iter().position(|(bdf, _)| *bdf == disk.bdf);
+        let controller = known.unwrap_or(controllers.len());
+        if known.is_none() {
+            controllers.push((disk.bdf, 0));
+            if let Some(device) = controller_of(controller, disk) {
+                command.args(["-device", &device]);
+            }
+        }
+        let number = controllers[controller].1;
+        controllers[controller].1 += 1;
+        command.args(["-device", &disk_device(index, controller, number, disk)]);
+    }
+}
+
+/// The host's side of a disk.
+fn drive(index: usize, disk: &MachineDisk, file: &Path) -> OsString {
+    let format = match disk.format {
+        FileFormat::Raw => "raw",
+        FileFormat::Qcow2 => "qcow2",
+    };
+    let mut drive = OsString::from(format!(
+        "if=none,id=drive{index},format={format},cache=writeback,discard=unmap,file="
+    ));
+    // QEMU takes two commas for one that is part of a value.
+    drive.push(file.to_string_lossy().replace(',', ",,"));
+    match (disk.readonly, disk.model.as_str()) {
+        (false, _) => {}
+        // It has no disks that refuse writes: they are taken, and lost in the end.
+        (true, "ahci") => drive.push(",snapshot=on"),
+        (true, _) => drive.push(",readonly=on"),
+    }
+    drive
+}
+
+/// A controller, unless a disk is its own.
+fn controller_of(controller: usize, disk: &MachineDisk) -> Option<String> {
+    let place = address(disk.bdf);
+    match disk.model.as_str() {
+        "nvme" => Some(format!("nvme,id=disks{controller},serial={}{place}", disk.serial)),
+        "ahci" => Some(format!("ahci,id=disks{controller}{place}")),
+        _ => None,
+    }
+}
+
+/// A disk, `number` of its controller from 0.
+fn disk_device(index: usize, controller: usize, number: usize, disk: &MachineDisk) -> String {
+    let sector = disk.sector_size;
+    let blocks = format!("logical_block_size={sector},physical_block_size={sector}");
+    let serial = &disk.serial;
+    match disk.model.as_str() {
+        "nvme" => {
+            let namespace = number + 1;
+            format!("nvme-ns,bus=disks{controller},drive=drive{index},nsid={namespace},{blocks}")
+        }
+        "ahci" => {
+            format!("ide-hd,bus=disks{controller}.{number},drive=drive{index},serial={serial}")
+        }
+        model => {
+            let (model, place) = (device(model), address(disk.bdf));
+            format!("{model},drive=drive{index},serial={serial},{blocks}{place}")
+        }
+    }
 }
 
 /// QEMU's words for a forwarding, once its host port is known to be free.
@@ -286,6 +378,46 @@ mod tests {
         assert_eq!(error.expect_err("taken").kind(), ErrorKind::AddrInUse);
         let free = probe_port(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0), true).expect("some");
         assert_ne!(free.port(), 0);
+    }
+
+    /// Two disks on one controller, a third one that is its own; no file's name is an option.
+    #[test]
+    fn disks_hang_on_the_controller_at_their_address() {
+        let disk = |model: &str, bdf, readonly| MachineDisk {
+            model: model.into(),
+            bdf,
+            file: String::new(),
+            format: FileFormat::Raw,
+            readonly,
+            content: system::DiskContent::Existing,
+            serial: "s".into(),
+            sector_size: 4096,
+        };
+        let disks = vec![
+            disk("nvme", 0x18, false),
+            disk("virtio-blk-pci", 0x20, true),
+            disk("nvme", 0x18, true),
+        ];
+        let machine =
+            Machine { memory_mib: 256, cpus: 1, cpu_model: None, nics: Vec::new(), disks };
+        let mut command = Command::new("qemu");
+        storage(&mut command, &machine, &["a,readonly=on".into(), "b".into(), "c".into()]);
+        let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+        let drive = "if=none,id=drive";
+        let rest = "format=raw,cache=writeback,discard=unmap,file=";
+        let blocks = "logical_block_size=4096,physical_block_size=4096";
+        let wanted = [
+            format!("-drive {drive}0,{rest}a,,readonly=on"),
+            "-device nvme,id=disks0,serial=s,addr=0x3.0".to_owned(),
+            format!("-device nvme-ns,bus=disks0,drive=drive0,nsid=1,{blocks}"),
+            format!("-drive {drive}1,{rest}b,readonly=on"),
+            format!(
+                "-device virtio-blk-pci,disable-legacy=on,drive=drive1,serial=s,{blocks},addr=0x4.0"
+            ),
+            format!("-drive {drive}2,{rest}c,readonly=on"),
+            format!("-device nvme-ns,bus=disks0,drive=drive2,nsid=2,{blocks}"),
+        ];
+        assert_eq!(words.join(" "), wanted.join(" "));
     }
 
     #[test]

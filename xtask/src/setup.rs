@@ -101,7 +101,10 @@ pub fn nightly() -> Command {
 /// QEMU's program.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// What to do about QEMU.
+/// QEMU's program for images of disks.
+pub const QEMU_IMG: &str = "qemu-img";
+
+/// What to do about a program of QEMU's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Plan {
     /// Nothing: it is there.
@@ -128,25 +131,35 @@ fn plan(present: bool, debian: bool, root: bool) -> Plan {
 /// # Errors
 /// It is not there and was not installed.
 pub fn qemu() -> miette::Result<()> {
-    match plan(project::has_program(QEMU), project::has_program("apt-get"), is_root()) {
+    let other = "your system's package for QEMU's x86 system emulator, version 7.2 or later";
+    program(QEMU, "qemu-system-x86", other)
+}
+
+/// Makes sure that `qemu-img` is installed, in the same way.
+///
+/// # Errors
+/// It is not there and was not installed.
+pub fn qemu_img() -> miette::Result<()> {
+    program(QEMU_IMG, "qemu-utils", "your system's package that has qemu-img")
+}
+
+fn program(name: &str, package: &str, other: &str) -> miette::Result<()> {
+    match plan(project::has_program(name), project::has_program("apt-get"), is_root()) {
         Plan::Nothing => Ok(()),
-        Plan::Install => install_qemu(),
+        Plan::Install => install(name, package),
         Plan::AskForRoot => Err(miette!(
-            help = "run: sudo apt-get install -y --no-install-recommends qemu-system-x86",
-            "{QEMU} is missing, and only root can install it"
+            help = format!("run: sudo apt-get install -y --no-install-recommends {package}"),
+            "{name} is missing, and only root can install it"
         )),
-        Plan::AskForPackage => Err(miette!(
-            help = "install your system's package for QEMU's x86 system emulator, version 7.2 or later",
-            "{QEMU} is missing"
-        )),
+        Plan::AskForPackage => Err(miette!(help = format!("install {other}"), "{name} is missing")),
     }
 }
 
-fn install_qemu() -> miette::Result<()> {
-    eprintln!("setting up: {QEMU} is missing; installing the Debian package qemu-system-x86");
+fn install(name: &str, package: &str) -> miette::Result<()> {
+    eprintln!("setting up: {name} is missing; installing the Debian package {package}");
     apt(&["update", "-q"])?;
-    apt(&["install", "-y", "-q", "--no-install-recommends", "qemu-system-x86"])?;
-    if project::has_program(QEMU) { Ok(()) } else { Err(miette!("{QEMU} is still missing")) }
+    apt(&["install", "-y", "-q", "--no-install-recommends", package])?;
+    if project::has_program(name) { Ok(()) } else { Err(miette!("{name} is still missing")) }
 }
 
 fn apt(arguments: &[&str]) -> miette::Result<()> {
