@@ -79,6 +79,13 @@ pub enum Request {
     Unpause(String),
     /// Frees all that a domain has: [`Response::Done`].
     Destroy(String),
+    /// Asks a guest to end by itself: [`Response::Done`] when it has been asked.
+    Shutdown {
+        /// The domain.
+        name: String,
+        /// To start again, not to end.
+        reboot: bool,
+    },
 }
 
 /// A response.
@@ -176,7 +183,7 @@ pub struct DomainLine {
     /// How long this incarnation has run.
     pub uptime_ms: u64,
     /// CPU time of all incarnations.
-    pub cpu_ms: u64,
+    pub cpu_us: u64,
     /// Restarts by the supervisor and by hand.
     pub restarts: u32,
     /// Why it is not running, when it is held: a sentence.

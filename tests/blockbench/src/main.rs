@@ -122,7 +122,7 @@ impl Target for Direct {
 fn direct(domain: &Domain) -> Result<(Direct, alloc::vec::Vec<DmaPage>), String> {
     let failed = |what: &str, errno: Errno| alloc::format!("{what}: {errno}");
     let device = domain.device(0).map_err(|errno| failed("the controller", errno))?;
-    let vectors = u16::try_from(device.info().msix_vectors).unwrap_or(0).min(nvme::MOST_VECTORS);
+    let vectors = device.info().msix_vectors.min(nvme::MOST_VECTORS);
     for vector in 0..vectors {
         device.bind_interrupt(vector.into()).map_err(|errno| failed("an interrupt", errno))?;
     }

@@ -74,7 +74,7 @@ pub fn list(domains: &[DomainLine]) -> String {
             letters(domain.state),
             state(domain.state),
             domain.memory_bytes / 1024,
-            seconds(domain.cpu_ms),
+            seconds(domain.cpu_us / 1000),
             seconds(domain.uptime_ms),
         );
     }
@@ -98,7 +98,7 @@ pub fn list_json(domains: &[DomainLine]) -> Value {
             "role": role(domain.role),
             "memory_bytes": domain.memory_bytes,
             "uptime_ms": domain.uptime_ms,
-            "cpu_ms": domain.cpu_ms,
+            "cpu_us": domain.cpu_us,
             "restarts": domain.restarts,
             "held": domain.held,
         })

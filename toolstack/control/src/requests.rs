@@ -19,6 +19,7 @@ use axolotl_abi::protocol::{
 use axolotl_abi::system::{Dma, Role};
 use xen_abi::{DomainId, Errno};
 use xenbus::Transport;
+use xenbus::device::home;
 
 /// The control domain's own name and id.
 const OWN_NAME: &str = "control";
@@ -74,6 +75,10 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             Request::Pause(name) => self.pause(&name),
             Request::Unpause(name) => self.unpause(&name),
             Request::Destroy(name) => self.destroy(&name),
+            Request::Shutdown { name, reboot } => match self.shutdown(id, &name, reboot) {
+                Ok(()) => return None,
+                Err(failure) => Err(failure),
+            },
         };
         Some(result.unwrap_or_else(Response::Failed))
     }
@@ -91,7 +96,7 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             role: Role::Control,
             memory_bytes: own.map_or(0, |info| u64::from(info.pages) * 4096),
             uptime_ms: own.map_or(0, |info| uptime_ms(&info, now)),
-            cpu_ms: own.map_or(0, |info| info.cpu_ns / 1_000_000),
+            cpu_us: own.map_or(0, |info| info.cpu_ns / 1000),
             restarts: 0,
             held: None,
         };
@@ -119,7 +124,7 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             role: managed.domain.role,
             memory_bytes: info.map_or(0, |info| u64::from(info.pages) * 4096),
             uptime_ms: info.filter(|_| is_up).map_or(0, |info| uptime_ms(&info, now)),
-            cpu_ms: info.map_or(0, |info| info.cpu_ns / 1_000_000),
+            cpu_us: info.map_or(0, |info| info.cpu_ns / 1000),
             restarts: managed.restarts,
             held: held(&managed.phase),
         }
@@ -320,6 +325,34 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             _ => self.remove(at),
         }
         Ok(Response::Done)
+    }
+
+    /// Asks a guest to end, by the node at which it looks; the answer comes with the store's.
+    fn shutdown(&mut self, id: u32, name: &str, reboot: bool) -> Result<(), Failure> {
+        let at = self.lookup_live(name)?;
+        let managed = &self.domains[at];
+        if managed.domain.role != Role::Guest {
+            return Err(bad_state(&format!("{name} is no guest: it serves others until it dies")));
+        }
+        if self.node_requests >= MAX_NODE_REQUESTS {
+            return Err(Failure::Busy);
+        }
+        self.node_requests += 1;
+        let path = format!("{}/control/shutdown", home(managed.domid));
+        let word: &[u8] = if reboot { b"reboot" } else { b"poweroff" };
+        self.store.at_once(Tag::Asked(id), [Op::Write(path, word.to_vec())].into());
+        self.store.pump();
+        Ok(())
+    }
+
+    /// The store has the word for a guest that is to end.
+    pub(crate) fn asked(&mut self, id: u32, result: Result<Vec<Vec<u8>>, Errno>) {
+        self.node_requests = self.node_requests.saturating_sub(1);
+        let response = match result {
+            Ok(_) => Response::Done,
+            Err(errno) => Response::Failed(Failure::Store { name: errno_name(errno) }),
+        };
+        self.respond(id, response);
     }
 
     // ---- names ----
