@@ -40,7 +40,7 @@ const MAX_DOMAINS: usize = 60;
 const MAX_EXTRA: usize = 16 * 1024;
 
 /// Unikernel packages that a guest can be made of.
-const GUEST_IMAGES: &[&str] = &["demo-guest", "disktest", "selftest", "pingpong"];
+const GUEST_IMAGES: &[&str] = &["demo-guest", "disktest", "selftest", "pingpong", "blockbench"];
 /// The store's package.
 const STORE_IMAGE: &str = "store-domain";
 /// Names that mean something else on the console and to `axl`.
@@ -375,8 +375,9 @@ impl Rules<'_> {
                     hint_driver,
                 );
             }
-            if let Some(pci) = d.pci.first() {
-                return self.refuse(pci.span(), "`pci` on a domain that is no driver", hint_driver);
+            if let (Some(pci), Role::Store) = (d.pci.first(), role) {
+                let message = "`pci` on the store";
+                return self.refuse(pci.span(), message, "devices are for drivers and guests");
             }
         } else if d.pci.is_empty() {
             let message = format!("driver domain `{}` has no device", d.name.get_ref());
