@@ -26,19 +26,41 @@
 
 extern crate alloc;
 
+pub mod gpt;
+mod grants;
+mod link;
+mod open;
+mod plane;
 pub mod preserved;
+mod queue;
+mod request;
+mod split;
+mod tags;
+mod transfer;
+mod vbd;
+pub mod volume;
 
-use crate::preserved::VbdId;
+use crate::open::VolumeState;
+use crate::plane::Plane;
+use crate::preserved::{Preserved, VbdId};
+use crate::vbd::Vbd;
+use alloc::collections::BTreeMap;
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use domain_api::disk::Disk;
 use domain_api::{Clock, DeviceGrants, DmaPage, DomainId, Errno, EventPort, Events};
 use shmem::Page;
+use xenbus::device::{self, DeviceKind};
 use xenbus::{Event, Store};
 
 /// What blkback needs of the core.
 pub trait Env: Events + DeviceGrants + Clock {}
 impl<T: Events + DeviceGrants + Clock> Env for T {}
+
+const BACKEND_ROOT: &str = "backend/vbd";
+const BACKEND_TOKEN: &str = "blkback";
+const FRONTEND_TOKEN: &str = "blkback-front/";
 
 /// Counters of one vbd.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -108,14 +130,24 @@ pub struct VbdInfo {
 /// The backend of all vbds of a driver domain.
 pub struct Blkback {
     own: DomainId,
+    preserved: Preserved,
+    plane: Plane,
+    vbds: BTreeMap<VbdId, Vbd>,
+    ports: BTreeMap<EventPort, (usize, usize)>,
 }
 
 impl Blkback {
     /// A backend in the domain `own`, with the preserved pages as the last incarnation left them,
     /// divided by [`preserved::split`].
     #[must_use]
-    pub fn new(own: DomainId, _preserved: Vec<Page>, _bounce: Vec<DmaPage>) -> Self {
-        Self { own }
+    pub fn new(own: DomainId, preserved: Vec<Page>, bounce: Vec<DmaPage>) -> Self {
+        Self {
+            own,
+            preserved: Preserved::new(preserved),
+            plane: Plane::new(bounce),
+            vbds: BTreeMap::new(),
+            ports: BTreeMap::new(),
+        }
     }
 
     /// Finds the vbds, begins to open their volumes, takes over those that were connected, and
@@ -126,12 +158,15 @@ impl Blkback {
     /// own matter, told in its `error` node.
     pub fn start<E: Env, S: Store, D: Disk>(
         &mut self,
-        _env: &mut E,
-        _store: &mut S,
-        _disks: &mut [D],
+        env: &mut E,
+        store: &mut S,
+        disks: &mut [D],
     ) -> Result<(), Errno> {
-        log::debug!("{}: started", self.own);
-        Ok(())
+        self.rescan(env, store)?;
+        // What needs no reading is open at once.
+        self.plane.open_volumes(disks);
+        self.settle(env, store, disks)?;
+        store.watch(BACKEND_ROOT, BACKEND_TOKEN)
     }
 
     /// Takes an event of the store. False: it belongs to somebody else.
@@ -140,26 +175,49 @@ impl Blkback {
     /// As for [`Self::start`].
     pub fn store_event<E: Env, S: Store, D: Disk>(
         &mut self,
-        _env: &mut E,
-        _store: &mut S,
-        _disks: &mut [D],
-        _event: &Event,
+        env: &mut E,
+        store: &mut S,
+        disks: &mut [D],
+        event: &Event,
     ) -> Result<bool, Errno> {
-        Ok(false)
+        if let Some(vbd) = event.token.strip_prefix(FRONTEND_TOKEN) {
+            if let Some(id) = parse_vbd(vbd.split('/')) {
+                self.refresh(env, store, id)?;
+            }
+        } else if event.token == BACKEND_TOKEN {
+            let below = event.path.strip_prefix(BACKEND_ROOT).unwrap_or_default();
+            let mut names = below.split('/').filter(|name| !name.is_empty());
+            match parse_vbd(names.by_ref()) {
+                Some(id) if vbd::matters(names.next()) => self.refresh(env, store, id)?,
+                Some(_) => {}
+                None => self.rescan(env, store)?,
+            }
+        } else {
+            return Ok(false);
+        }
+        self.plane.open_volumes(disks);
+        self.settle(env, store, disks)?;
+        Ok(true)
     }
 
     /// Takes an event channel's event. False: the port is not one of a vbd's.
-    pub fn event(&mut self, _port: EventPort) -> bool {
-        false
+    pub fn event(&mut self, port: EventPort) -> bool {
+        let Some(&(place, number)) = self.ports.get(&port) else { return false };
+        if let Some(Some(station)) = self.plane.stations.get_mut(place)
+            && let Some(queue) = station.link.as_mut().and_then(|it| it.queues.get_mut(number))
+        {
+            queue.ready = true;
+        }
+        true
     }
 
-    /// Takes what the disks have completed, answers the guests, takes a batch of requests of each
-    /// queue, and has the disks start what was queued.
+    /// Takes what the disks have completed, takes a batch of requests of each queue, has the
+    /// disks start what was queued, and answers the guests.
     ///
     /// Call it after events of vbds, after interrupts of the disks, after [`Self::start`],
     /// [`Self::store_event`] and [`Self::settle`], and again while it has more work.
-    pub fn poll<E: Env, D: Disk>(&mut self, _env: &mut E, _disks: &mut [D]) -> Progress {
-        Progress::IDLE
+    pub fn poll<E: Env, D: Disk>(&mut self, env: &mut E, disks: &mut [D]) -> Progress {
+        self.plane.poll(env, disks)
     }
 
     /// Does in the store what the last rounds left to do: connects vbds whose volumes have been
@@ -169,15 +227,92 @@ impl Blkback {
     /// As for [`Self::start`].
     pub fn settle<E: Env, S: Store, D: Disk>(
         &mut self,
-        _env: &mut E,
-        _store: &mut S,
-        _disks: &mut [D],
+        env: &mut E,
+        store: &mut S,
+        disks: &mut [D],
     ) -> Result<(), Errno> {
+        for place in 0..self.plane.stations.len() {
+            let Some(station) = &mut self.plane.stations[place] else { continue };
+            let id = station.id;
+            if station.removed {
+                continue;
+            }
+            if core::mem::take(&mut station.news) {
+                if let VolumeState::Failed(message) = &station.volume {
+                    let message = message.clone();
+                    self.report(env, store, id, &message)?;
+                }
+                self.refresh(env, store, id)?;
+            }
+            if let Some(message) = self.fault(place) {
+                self.give_up(env, store, id, &message)?;
+            }
+        }
+        // A vbd that gave way may have begun to open its volume again.
+        self.plane.open_volumes(disks);
         Ok(())
     }
 
     /// The vbds.
     pub fn vbds(&self) -> impl Iterator<Item = VbdInfo> + '_ {
-        core::iter::empty()
+        self.vbds.iter().map(|(&id, vbd)| {
+            let station = self.plane.stations[vbd.place].as_ref();
+            let link = station.and_then(|it| it.link.as_ref()).filter(|link| !link.closed);
+            let limits = station.and_then(|it| match &it.volume {
+                VolumeState::Open(volume) => Some(&volume.limits),
+                _ => None,
+            });
+            VbdInfo {
+                id,
+                volume: vbd.params.clone(),
+                read_only: limits.map_or(vbd.read_only, |limits| limits.read_only),
+                sectors: limits.map_or(0, |limits| limits.sectors),
+                queues: link.map_or(0, |link| link.queues.len()),
+                persistent: link.is_some_and(|link| link.persistent),
+                fault: vbd.fault.clone(),
+                stats: link.map(|link| link.stats).unwrap_or_default(),
+            }
+        })
     }
+
+    /// Granted pages that are mapped for requests, and requests that disks have.
+    #[must_use]
+    pub fn in_use(&self) -> (usize, usize) {
+        (self.plane.desk.mapped, self.plane.desk.tags.len())
+    }
+
+    /// What a frontend did wrong, while it is still connected.
+    fn fault(&self, place: usize) -> Option<String> {
+        let link = self.plane.stations[place].as_ref()?.link.as_ref()?;
+        if link.closed { None } else { link.fault.clone() }
+    }
+
+    /// Compares the store's list of vbds with ours.
+    fn rescan<E: Env, S: Store>(&mut self, env: &mut E, store: &mut S) -> Result<(), Errno> {
+        let listed = device::served(store, self.own, DeviceKind::Vbd)?;
+        let ids: Vec<VbdId> = listed
+            .iter()
+            .map(|device| VbdId { domain: device.frontend, device: device.index })
+            .collect();
+        let gone: Vec<VbdId> = self.vbds.keys().copied().filter(|id| !ids.contains(id)).collect();
+        for id in gone {
+            self.remove(env, store, id);
+        }
+        self.preserved.retain(|id| ids.contains(&id));
+        for id in ids {
+            self.refresh(env, store, id)?;
+        }
+        Ok(())
+    }
+}
+
+/// The vbd that the first two names stand for.
+fn parse_vbd<'a>(mut names: impl Iterator<Item = &'a str>) -> Option<VbdId> {
+    let domain = xenbus::wire::parse_domid(names.next()?)?;
+    let device = xenbus::wire::parse_decimal(names.next()?)?;
+    Some(VbdId { domain, device })
+}
+
+fn frontend_token(id: VbdId) -> String {
+    format!("{FRONTEND_TOKEN}{}/{}", id.domain.0, id.device)
 }

@@ -1,0 +1,6 @@
+//! Backend and frontends together, with a store and a disk, in one process.
+
+mod disk;
+mod front;
+mod rig;
+mod traffic;
