@@ -2,7 +2,7 @@
 //!
 //! [`Client`] asks one running system, which [`rundir`] finds; [`mux`] is the other end on the
 //! host, through which whoever owns the machine's serial port lets many clients at it; and
-//! [`show`] turns answers into text and JSON. The commands themselves are in the binary, the
+//! [`show`] turns answers into text and JSON, and [`vbd`] reads what xenstore says about disks. The commands themselves are in the binary, the
 //! answers come from the control domain (`control`).
 
 #![forbid(unsafe_code)]
@@ -11,5 +11,6 @@ mod client;
 pub mod mux;
 pub mod rundir;
 pub mod show;
+pub mod vbd;
 
 pub use client::{Client, ClientError};

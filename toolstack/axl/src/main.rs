@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use axl::{Client, ClientError, show};
+use axl::{Client, ClientError, show, vbd};
 use axolotl_abi::protocol::{Request, Response};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
@@ -78,6 +78,20 @@ enum Command {
         /// The domain.
         name: String,
     },
+    /// Asks a guest to end by itself; its `on_poweroff` decides what follows.
+    Shutdown {
+        /// The domain.
+        name: String,
+        /// Asks it to start again instead; `on_reboot` decides.
+        #[arg(short = 'R', long)]
+        reboot: bool,
+    },
+    /// Lists the disks of a guest, or of all.
+    #[command(alias = "block-list")]
+    VbdList {
+        /// The guest.
+        name: Option<String>,
+    },
     /// Frees all that a domain has.
     Destroy {
         /// The domain.
@@ -152,6 +166,14 @@ fn run(client: &mut Client, command: &Command, json: bool) -> Result<(), Failure
         Command::Pause { name } => act(client, Request::Pause(name.clone()), name, "paused", json),
         Command::Unpause { name } => {
             act(client, Request::Unpause(name.clone()), name, "continues", json)
+        }
+        Command::Shutdown { name, reboot } => {
+            let request = Request::Shutdown { name: name.clone(), reboot: *reboot };
+            act(client, request, name, "is asked to end", json)
+        }
+        Command::VbdList { name } => {
+            let vbds = vbd::list(client, name.as_deref())?;
+            if json { print_json(&vbd::json(&vbds)) } else { print(&vbd::text(&vbds)) }
         }
         Command::Destroy { name } => {
             act(client, Request::Destroy(name.clone()), name, "destroyed", json)

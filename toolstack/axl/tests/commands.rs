@@ -6,7 +6,7 @@
 use axl::mux::Mux;
 use axl::{Client, ClientError, rundir};
 use axolotl_abi::protocol::{self, Failure, FromControl, Request, Response};
-use control::fake::{FakeCore, default_bundle};
+use control::fake::{self, FakeCore, default_bundle};
 use control::{Control, Setup, Wake};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 use xen_abi::{DomainId, EventPort};
+use xenbus::Nodes;
 
 /// A run directory of its own for each test.
 struct Directory(PathBuf);
@@ -62,21 +63,28 @@ impl Drop for Directory {
 }
 
 /// The control domain at the end of `stream`, until the stream ends.
-fn control_domain(mut stream: UnixStream) {
-    let bundle = default_bundle();
+fn control_domain(mut stream: UnixStream, bundle: &[u8]) {
     let store = xenstore::LocalStore::new();
     let mut line = store.client(DomainId(0));
     let mut core = FakeCore::new();
     core.now_ns = 5_000_000_000;
-    let setup = Setup {
-        bundle: &bundle,
-        hypervisor: core,
-        store: line.transport(),
-        store_port: EventPort(1),
-    };
+    let setup =
+        Setup { bundle, hypervisor: core, store: line.transport(), store_port: EventPort(1) };
     let mut control = Control::start(setup).unwrap();
     for _ in 0..8 {
         control.work(Wake::ALL);
+    }
+    // As a frontend of several queues would.
+    let mut guest = store.client(DomainId(3));
+    for (key, value) in [
+        ("multi-queue-num-queues", "2"),
+        ("queue-0/ring-ref", "8"),
+        ("queue-0/event-channel", "5"),
+        ("queue-1/ring-ref0", "12"),
+        ("queue-1/event-channel", "6"),
+        ("state", "3"),
+    ] {
+        let _ = guest.write(&format!("device/vbd/51712/{key}"), value.as_bytes());
     }
     control.hypervisor().named("net0").console = b"link is up\n".to_vec();
     let mut buffer = [0; 512];
@@ -97,9 +105,13 @@ fn control_domain(mut stream: UnixStream) {
 
 /// A running system; the second end shuts the platform down.
 fn platform(socket: &Path) -> (Mux, UnixStream) {
+    platform_of(socket, default_bundle())
+}
+
+fn platform_of(socket: &Path, bundle: Vec<u8>) -> (Mux, UnixStream) {
     let (host, machine) = UnixStream::pair().unwrap();
     let end = machine.try_clone().unwrap();
-    std::thread::spawn(move || control_domain(machine));
+    std::thread::spawn(move || control_domain(machine, &bundle));
     (Mux::start(host, socket).unwrap(), end)
 }
 
@@ -151,6 +163,45 @@ fn every_command_works() {
     drop(mux);
     assert!(!directory.socket("fake").exists());
     assert!(directory.refused(&["list"]).contains("no system is running"));
+}
+
+#[test]
+fn disks_are_listed_with_their_rings_and_volumes() {
+    let directory = Directory::new("disks");
+    let images = [1, 1, 1, 1].map(fake::image);
+    let (_mux, _end) =
+        platform_of(&directory.socket("fake"), fake::bundle(&fake::disk_system(), &images));
+    let text = directory.done(&["vbd-list", "demo", "--json"]);
+    let vbds: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(vbds.as_array().unwrap().len(), 2);
+    for (key, value) in [
+        ("domain", "demo".into()),
+        ("vdev", 51712.into()),
+        ("dev", "xvda".into()),
+        ("backend_id", 4.into()),
+        ("state", 3.into()),
+        ("backend_state", 1.into()),
+        ("backend_path", "/local/domain/4/backend/vbd/3/51712".into()),
+        ("volume", "2/range:0+1048576".into()),
+        ("mode", "w".into()),
+        ("format", "raw".into()),
+        ("backing", serde_json::Value::Null),
+        ("sectors", serde_json::Value::Null),
+        (
+            "queues",
+            serde_json::json!([{"event_channel": 5, "ring_ref": 8}, {"event_channel": 6, "ring_ref": 12}]),
+        ),
+    ] {
+        assert_eq!(vbds[0][key], value, "{key}");
+    }
+    assert_eq!((&vbds[1]["mode"], &vbds[1]["backing"]), (&"r".into(), &"gpt:base".into()));
+    let all = directory.done(&["block-list"]);
+    assert_eq!(all.lines().count(), 3, "{all}");
+    assert!(all.contains("gpt:top (cow)"), "{all}");
+    assert_eq!(directory.done(&["vbd-list", "net0"]).lines().count(), 1);
+    assert!(directory.refused(&["vbd-list", "dema"]).contains("did you mean `demo`?"));
+    assert_eq!(directory.done(&["shutdown", "demo"]), "demo is asked to end\n");
+    assert!(directory.refused(&["shutdown", "disk0"]).contains("no guest"));
 }
 
 #[test]

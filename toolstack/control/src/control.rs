@@ -85,6 +85,8 @@ pub(crate) enum Tag {
     Released,
     /// One node, for the request of this id.
     Node(u32),
+    /// A guest was asked to end, for the request of this id.
+    Asked(u32),
 }
 
 /// The control domain's state.
@@ -375,6 +377,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
                 self.try_destroy(at);
             }
             (Tag::Node(id), result) => self.node_answered(id, result),
+            (Tag::Asked(id), result) => self.asked(id, result),
             (Tag::Home(_, false) | Tag::Introduced(_) | Tag::Released, _) => {}
         }
     }

@@ -460,6 +460,36 @@ pub fn system() -> System {
     }
 }
 
+/// [`system`] with a disk domain `disk0` (d4) and two disks of the guest's on it.
+///
+/// # Panics
+/// Never: [`system`] has these domains.
+#[must_use]
+pub fn disk_system() -> System {
+    use axolotl_abi::system::Disk;
+    let mut system = system();
+    let mut disk0 = system.domains[1].clone();
+    disk0.name = "disk0".into();
+    disk0.devices[0].bdf = 0x18;
+    let disk = |dev: &str, volume: &str| Disk {
+        backend: "disk0".into(),
+        dev: dev.into(),
+        volume: volume.into(),
+        writable: true,
+        cow: false,
+        backing: None,
+    };
+    let cow = Disk {
+        writable: false,
+        cow: true,
+        backing: Some("gpt:base".into()),
+        ..disk("xvdb", "gpt:top")
+    };
+    system.domains[2].disks = vec![disk("xvda", "2/range:0+1048576"), cow];
+    system.domains.push(disk0);
+    system
+}
+
 /// A bundle with [`system`].
 #[must_use]
 pub fn default_bundle() -> Vec<u8> {

@@ -3,14 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use crate::bundle::{Bundle, BundleError};
-use crate::fake::{FakeCore, bundle, default_bundle, image, system};
+use crate::fake::{FakeCore, bundle, default_bundle, disk_system, image, system};
 use crate::{Control, Setup, StartError, Wake};
 use axolotl_abi::control::{PciFunction, STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED};
 use axolotl_abi::protocol::{
     self, DomainState, Failure, FromControl, Request, Response, ToControl,
 };
 use axolotl_abi::start::{PRESERVED_GPA, START_INFO_GPA, StartInfo};
-use axolotl_abi::system::{Disk, DriverImage, FIND_DRIVER, OnEnd, System};
+use axolotl_abi::system::{DriverImage, FIND_DRIVER, OnEnd, System};
 use proptest::prelude::*;
 use xen_abi::{DomainId, Errno, EventPort};
 use xenbus::{Nodes, Transport};
@@ -178,31 +178,6 @@ fn a_vif_has_both_its_directories() {
     let mut guest = rig.store.client(DomainId(3));
     guest.write("device/vif/0/tx-ring-ref", b"8").unwrap();
     assert_eq!(guest.read_string(&format!("{back}/state")).unwrap(), "2");
-}
-
-/// [`system`] with a disk domain `disk0` (d4) and two disks of the guest's on it.
-fn disk_system() -> System {
-    let mut system = system();
-    let mut disk0 = system.domains[1].clone();
-    disk0.name = "disk0".into();
-    disk0.devices[0].bdf = 0x18;
-    let disk = |dev: &str, volume: &str| Disk {
-        backend: "disk0".into(),
-        dev: dev.into(),
-        volume: volume.into(),
-        writable: true,
-        cow: false,
-        backing: None,
-    };
-    let cow = Disk {
-        writable: false,
-        cow: true,
-        backing: Some("gpt:base".into()),
-        ..disk("xvdb", "gpt:top")
-    };
-    system.domains[2].disks = vec![disk("xvda", "2/range:0+1048576"), cow];
-    system.domains.push(disk0);
-    system
 }
 
 fn rig_with(system: &System, core: FakeCore) -> Rig {
@@ -575,6 +550,38 @@ fn requests_are_answered_or_refused_with_the_reason() {
     assert_eq!(rig.node("/local/domain/\0x"), invalid);
     assert_eq!(rig.node("/nothing"), Response::Failed(Failure::Store { name: "ENOENT".into() }));
     assert_eq!(rig.ask(Request::Crash("x".repeat(4000))), Response::Failed(Failure::TooLong));
+}
+
+/// xen-abi.md, §6.3: the word in `control/shutdown`, which the guest takes away itself.
+#[test]
+fn a_guest_is_asked_to_end() {
+    let mut rig = rig();
+    let ask = |name: &str, reboot| Request::Shutdown { name: name.into(), reboot };
+    let node = "/local/domain/3/control/shutdown";
+    assert_eq!(rig.ask(ask("demo", false)), Response::Done);
+    assert_eq!(rig.value(node).as_deref(), Some("poweroff"));
+    rig.store.client(DomainId(3)).write("control/shutdown", b"").unwrap();
+    assert_eq!(rig.ask(ask("demo", true)), Response::Done);
+    assert_eq!(rig.value(node).as_deref(), Some("reboot"));
+    for name in ["net0", "store", "control", "nobody"] {
+        assert!(matches!(rig.ask(ask(name, false)), Response::Failed(_)), "{name}");
+    }
+    rig.hangs.set(true);
+    for id in 1000..1100 {
+        let request = ask("demo", false);
+        for byte in protocol::encode(&ToControl { id, request }).unwrap() {
+            rig.control.serial_input(byte);
+        }
+    }
+    rig.settle();
+    let mut framer = protocol::Framer::new();
+    let answers = rig.control.serial_output().drain(..).filter_map(|byte| framer.push(byte));
+    let answers: Vec<Result<FromControl, _>> = answers.collect();
+    assert_eq!(answers.len(), 100 - 32, "the others wait");
+    rig.hangs.set(false);
+    rig.settle();
+    rig.control.serial_output().clear();
+    assert_eq!(rig.ask(ask("demo", false)), Response::Done);
 }
 
 #[test]
