@@ -5,6 +5,7 @@ use crate::{build, project, setup};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Instant;
 
 /// Systems that the tests boot.
@@ -28,6 +29,10 @@ pub enum Which {
 /// One fails, or something does not build.
 pub fn test(filter: Option<&str>, which: Which) -> miette::Result<()> {
     let start = Instant::now();
+    let which = match filter {
+        Some(filter) => narrowed(filter, which)?,
+        None => which,
+    };
     if which != Which::Qemu {
         let mut command = project::cargo();
         command.arg("test").args(filter);
@@ -40,6 +45,44 @@ pub fn test(filter: Option<&str>, which: Which) -> miette::Result<()> {
     }
     eprintln!("all tests passed in {:.0} s", start.elapsed().as_secs_f32());
     Ok(())
+}
+
+/// Those of `which` that have tests with `filter` in their names: what has none need not be built.
+fn narrowed(filter: &str, which: Which) -> miette::Result<Which> {
+    let ignored = listed(&[filter, "--ignored"])?;
+    let host = if which == Which::Qemu { 0 } else { listed(&[filter])?.saturating_sub(ignored) };
+    let qemu = if which == Which::Host { 0 } else { ignored };
+    match (host, qemu) {
+        (0, 0) => {
+            let kind = match which {
+                Which::All => "test",
+                Which::Host => "test that needs no machine",
+                Which::Qemu => "test that boots a machine",
+            };
+            let help = "`cargo test -- --list` shows the names of all tests";
+            Err(miette!(help = help, "there is no {kind} with `{filter}` in its name"))
+        }
+        (0, _) => Ok(Which::Qemu),
+        (_, 0) => Ok(Which::Host),
+        _ => Ok(Which::All),
+    }
+}
+
+/// How many tests these arguments choose; those that boot a machine are the ignored ones.
+fn listed(arguments: &[&str]) -> miette::Result<usize> {
+    let mut command = project::cargo();
+    command.args(["test", "--quiet", "--"]).args(arguments).args(["--list", "--format", "terse"]);
+    command.stderr(Stdio::inherit());
+    let output = command.output().into_diagnostic().wrap_err("cannot start cargo")?;
+    if !output.status.success() {
+        return Err(miette!("the tests do not build"));
+    }
+    Ok(count(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The tests in a list as the test harness prints it.
+fn count(list: &str) -> usize {
+    list.lines().filter(|line| line.ends_with(": test")).count()
 }
 
 /// Builds what the tests that boot a machine use and runs them, one after the other: each one
@@ -109,5 +152,17 @@ impl Runtime {
 impl Drop for Runtime {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_and_nothing_else() {
+        let list = "a::b: test\nc: test\n\nx: benchmark\nsrc/lib.rs - f (line 3): test\n";
+        assert_eq!(count(list), 3);
+        assert_eq!(count("\n0 tests, 0 benchmarks\n"), 0);
     }
 }
