@@ -168,6 +168,14 @@ impl FakeFunction {
         self.half(4) & 4 != 0
     }
 
+    /// Address of its MSI-X table.
+    #[must_use]
+    pub fn msix_table(&self) -> u64 {
+        let place = self.word(self.msix + 4);
+        let bar = u16::try_from(place & 7).unwrap_or(0);
+        u64::from(self.word(0x10 + 4 * bar) & !0xf) + u64::from(place & !7)
+    }
+
     /// Whether any of its vectors can send a message as far as configuration space says.
     #[must_use]
     pub fn can_interrupt(&self) -> bool {
@@ -712,12 +720,35 @@ impl View {
         self.core.lock().frames().is_owned_by(mfn, id)
     }
 
-    /// Which life of any domain a domain lives, if it is alive.
+    /// Whether a domain has a grant of this frame mapped so that its devices reach it.
     #[must_use]
-    pub fn life(&self, id: DomainId) -> Option<u64> {
+    pub fn maps_for_devices(&self, id: DomainId, mfn: Mfn) -> bool {
         let core = self.core.lock();
-        let live = core.domain(id).filter(|it| it.stage == crate::domain::Stage::Live);
-        live.map(|domain| domain.life)
+        let Some(domain) = core.domain(id) else { return false };
+        let maps = crate::invariants::mappings(&self.p, domain);
+        maps.iter().any(|map| {
+            map.mfn == mfn && domain.p2m.page(&self.p, map.gfn).is_some_and(|page| page.dma)
+        })
+    }
+
+    /// Grants of others that a domain has mapped.
+    #[must_use]
+    pub fn mapped(&self, id: DomainId) -> u32 {
+        self.core.lock().domain(id).map_or(0, |domain| domain.grants.mapped)
+    }
+
+    /// Event ports that a domain has open.
+    #[must_use]
+    pub fn ports(&self, id: DomainId) -> u32 {
+        self.core.lock().domain(id).map_or(0, |domain| domain.ports.used)
+    }
+
+    /// Whether a port of a domain is open.
+    #[must_use]
+    pub fn is_open(&self, id: DomainId, port: EventPort) -> bool {
+        let core = self.core.lock();
+        core.domain(id).is_some_and(crate::domain::Domain::is_alive)
+            && core.port(&self.p, id, port).status != event::STATUS_CLOSED
     }
 
     /// Makes a domain do something whenever it runs, over all its lives.

@@ -14,12 +14,12 @@ use xen_abi::event::{STATUS_CLOSED, STATUS_INTERDOMAIN};
 use xen_abi::{DomainId, EventPort, Gfn};
 
 /// A foreign grant that a domain has mapped.
-struct Mapping {
+pub(crate) struct Mapping {
     granter: DomainId,
     gref: u32,
     write: bool,
-    gfn: Gfn,
-    mfn: Mfn,
+    pub(crate) gfn: Gfn,
+    pub(crate) mfn: Mfn,
     life: u64,
 }
 
@@ -162,7 +162,8 @@ fn check_active<P: Platform>(
     }
 }
 
-fn mappings<P: Platform>(p: &P, domain: &Domain<P>) -> Vec<Mapping> {
+/// All that a domain has mapped.
+pub(crate) fn mappings<P: Platform>(p: &P, domain: &Domain<P>) -> Vec<Mapping> {
     let handles = u32::try_from(domain.grants.maps.len() * 128).expect("small");
     let mut found = Vec::new();
     for handle in 0..handles {

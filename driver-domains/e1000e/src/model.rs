@@ -79,7 +79,20 @@ struct State {
     sent: VecDeque<Vec<u8>>,
     now_ns: u64,
     violations: Vec<String>,
+    bus: Option<Bus>,
 }
+
+struct Bus(Memory);
+
+impl core::fmt::Debug for Bus {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Bus")
+    }
+}
+
+/// Memory as a machine around the model has it: the page of a bus frame, if the device may reach
+/// it now.
+pub type Memory = Rc<dyn Fn(u64) -> Option<Page>>;
 
 /// A controller. Clones are the same one; it serves as registers, as DMA memory and as clock.
 #[derive(Clone, Debug)]
@@ -107,6 +120,7 @@ impl Model {
             sent: VecDeque::new(),
             now_ns: 0,
             violations: Vec::new(),
+            bus: None,
         };
         for (word, bytes) in state.eeprom.iter_mut().zip(MAC.chunks_exact(2)) {
             *word = u16::from_le_bytes([bytes[0], bytes[1]]);
@@ -118,6 +132,11 @@ impl Model {
     /// Turns bus mastering on or off, as the PCI command register does.
     pub fn set_bus_master(&self, on: bool) {
         self.0.borrow_mut().bus_master = on;
+    }
+
+    /// Has it find memory elsewhere than in the pages that it gave out itself.
+    pub fn set_bus(&self, memory: Memory) {
+        self.0.borrow_mut().bus = Some(Bus(memory));
     }
 
     /// Sets the faults.
@@ -228,7 +247,12 @@ impl State {
 
     fn page(&mut self, address: u64, len: usize) -> Option<(Page, usize)> {
         let at = usize::try_from(address % 4096).ok()?;
-        let page = self.pages.get(&(address / 4096)).filter(|_| at + len <= 4096).cloned();
+        let frame = address / 4096;
+        let page = match &self.bus {
+            Some(Bus(memory)) => memory(frame),
+            None => self.pages.get(&frame).cloned(),
+        };
+        let page = page.filter(|_| at + len <= 4096);
         if page.is_none() {
             self.violation(format!("access to {len} bytes at {address:#x}"));
         }

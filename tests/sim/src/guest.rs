@@ -1,0 +1,187 @@
+//! An honest guest: the real frontends, with work whose every result it can judge.
+
+use crate::domain::{Domain, XenstoreRing};
+use crate::link::{Link, Mac};
+use crate::world::World;
+use frontends::netfront::{Checksum, Config, Error, Netfront};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use xenbus::{Client, Event, Store};
+
+/// How often a guest whose work is done asks whether the others' is.
+const LINGER_NS: u64 = 10_000_000;
+
+/// What a guest shows of itself.
+#[derive(Default)]
+pub struct Status {
+    /// All work is done.
+    pub has_worked: Cell<bool>,
+    /// All others' work is done, too: nobody needs its answers any more.
+    pub may_close: Cell<bool>,
+    /// What it is waiting for, when it is.
+    pub waits_for: RefCell<String>,
+    /// All work is done and all connections are closed.
+    pub is_done: Cell<bool>,
+    /// Store events that its frontends saw since they were connected.
+    pub store_events: Cell<u32>,
+}
+
+/// The work of a guest on the network.
+#[derive(Clone)]
+pub struct NetWork {
+    /// How the frontend is to work.
+    pub config: Config,
+    /// Streams, each with somebody.
+    pub links: Vec<Link>,
+    /// Others who may send it frames.
+    pub strangers: Vec<Mac>,
+}
+
+/// The network half of a guest.
+pub struct NetHalf {
+    front: Netfront,
+    work: NetWork,
+    waiting: Option<Vec<u8>>,
+}
+
+impl NetHalf {
+    /// Finds its interface.
+    fn new(domain: &Domain, client: &mut Client<XenstoreRing>, work: NetWork) -> Self {
+        let front = Netfront::new(client, domain.id(), 0, work.config);
+        Self { front: front.expect("its nodes are there"), work, waiting: None }
+    }
+
+    fn is_done(&self) -> bool {
+        self.work.links.iter().all(Link::is_done) && self.waiting.is_none()
+    }
+
+    /// Takes what came and sends what there is. An error ends the run.
+    fn go_on(&mut self, world: &World, domain: &mut Domain) -> Result<(), String> {
+        if !self.front.is_connected() {
+            return self.front.fault().map_or(Ok(()), |fault| Err(fault.to_string()));
+        }
+        let text = |error: Error| error.to_string();
+        while let Some(frame) = self.front.receive(domain, <[u8]>::to_vec).map_err(text)? {
+            self.judge(world, &frame)?;
+        }
+        loop {
+            let frame = match self.waiting.take() {
+                Some(frame) => frame,
+                None => {
+                    let now_ns = domain.now_ns();
+                    match self.work.links.iter_mut().find_map(|link| link.next(now_ns)) {
+                        Some(frame) => frame,
+                        None => break,
+                    }
+                }
+            };
+            match self.front.transmit(domain, &frame, Checksum::Complete) {
+                Ok(()) => {}
+                Err(Error::Full) => {
+                    self.waiting = Some(frame);
+                    break;
+                }
+                Err(error) => return Err(text(error)),
+            }
+        }
+        self.front.flush(domain).map_err(text)
+    }
+
+    fn judge(&mut self, world: &World, frame: &[u8]) -> Result<(), String> {
+        for link in &mut self.work.links {
+            if link.take(frame)? {
+                return Ok(());
+            }
+        }
+        let source = frame.get(6..12).unwrap_or_default();
+        let for_others = frame[..6] != self.front.mac() && frame[0] & 1 == 0;
+        if for_others || !self.work.strangers.iter().any(|mac| mac == source) {
+            world.note(|| format!("{frame:x?}"));
+            // A switch that does not know an address yet sends to everybody.
+            if !for_others {
+                return Err(format!("a frame from nowhere: {source:x?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where it is, for messages.
+    fn describe(&self) -> String {
+        let Self { front, work, waiting } = self;
+        let (state, backend, flight) = (front.state(), front.backend_state(), front.in_flight());
+        let waits = waiting.is_some();
+        format!("{state:?} {backend:?} in flight {flight:?} waits {waits} {:?}", work.links)
+    }
+
+    fn deadline_ns(&self) -> Option<u64> {
+        self.work.links.iter().filter_map(Link::deadline_ns).min()
+    }
+}
+
+/// What a guest is to do.
+#[derive(Clone, Default)]
+pub struct Work {
+    /// On the network.
+    pub net: Option<NetWork>,
+}
+
+/// A guest's code.
+pub fn main(world: &Rc<World>, domain: Domain, work: Work, status: &Status) {
+    let mut client = Client::new(domain.xenstore());
+    let mut net = work.net.map(|net| NetHalf::new(&domain, &mut client, net));
+    let mut domain = domain;
+    let name = domain.id();
+    let mut closing = false;
+    loop {
+        while let Some(event) = client.next_event() {
+            if !closing && net.as_ref().is_some_and(|net| net.front.is_connected()) {
+                status.store_events.set(status.store_events.get() + 1);
+            }
+            store_event(&mut net, &mut domain, &mut client, &event);
+        }
+        let mut result = Ok(());
+        if let Some(net) = net.as_mut().filter(|_| !closing) {
+            result = net.go_on(world, &mut domain);
+        }
+        if let Err(error) = result {
+            world.fail(format_args!("{name}: {error}"));
+            return;
+        }
+        let worked = net.as_ref().is_none_or(NetHalf::is_done);
+        status.has_worked.set(worked);
+        if !closing && worked && status.may_close.get() {
+            closing = true;
+            if let Some(net) = &mut net {
+                net.front.close(&mut domain, &mut client).expect("the store answers");
+            }
+        }
+        let closed = net.as_ref().is_none_or(|net| {
+            net.front.state() == xenbus::XenbusState::CLOSED
+                && net.front.backend_state() == xenbus::XenbusState::CLOSED
+        });
+        if closing && closed && !status.is_done.get() {
+            status.is_done.set(true);
+        }
+        let mut deadline = net.as_ref().filter(|_| !closing).and_then(NetHalf::deadline_ns);
+        if !closing && worked {
+            deadline = Some(domain.now_ns() + LINGER_NS);
+        }
+        *status.waits_for.borrow_mut() = net.as_ref().map(NetHalf::describe).unwrap_or_default();
+        for port in domain.wait(deadline) {
+            if let Some(net) = &mut net {
+                net.front.event(port);
+            }
+        }
+    }
+}
+
+fn store_event(
+    net: &mut Option<NetHalf>,
+    domain: &mut Domain,
+    client: &mut Client<XenstoreRing>,
+    event: &Event,
+) {
+    if let Some(net) = net {
+        net.front.store_event(domain, client, event).expect("the store answers");
+    }
+}
