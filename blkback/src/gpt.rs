@@ -265,3 +265,6 @@ fn guid_text(guid: &[u8]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

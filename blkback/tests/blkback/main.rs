@@ -2,5 +2,7 @@
 
 mod disk;
 mod front;
+mod liars;
+mod restart;
 mod rig;
 mod traffic;

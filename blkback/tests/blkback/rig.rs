@@ -284,6 +284,26 @@ impl Rig {
         device
     }
 
+    /// What the toolstack does when a guest's domain starts over: the frontend's directory as it
+    /// was at first.
+    pub fn add_directories_anew(&mut self, id: DomainId) {
+        let device = Device { kind: DeviceKind::Vbd, backend: DRIVER, frontend: id, index: DEVICE };
+        let front = device.frontend_path();
+        let owned = [Permission::owner(id), Permission::reader(DRIVER)];
+        self.toolstack
+            .transaction(|nodes| {
+                nodes.rm(&front)?;
+                nodes.mkdir(&front)?;
+                nodes.set_perms(&front, &owned)?;
+                for (key, value) in [("backend", device.backend_path()), ("state", "1".into())] {
+                    nodes.write(&format!("{front}/{key}"), value.as_bytes())?;
+                    nodes.set_perms(&format!("{front}/{key}"), &owned)?;
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+
     /// Adds a guest with a working frontend; its index in `fronts`.
     pub fn add_guest(&mut self, number: u16, volume: &str, mode: &str, config: Config) -> usize {
         let index = self.add_unconnected(number, volume, mode, config);
