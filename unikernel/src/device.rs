@@ -128,8 +128,8 @@ impl Dma for DeviceDma {
     }
 }
 
-/// The registers behind a BAR.
-#[derive(Debug)]
+/// The registers behind a BAR. Clones are the same registers.
+#[derive(Clone, Debug)]
 pub struct Mmio {
     base: *mut u32,
     bytes: u32,

@@ -289,6 +289,11 @@ impl<R: Registers, C: Clock> AtaDisk<R, C> {
     pub(crate) fn has_news(&mut self) -> bool {
         let settled = matches!(self.state, State::Running);
         self.look |= settled && self.engine.read(reg::PXIS) != 0;
+        self.is_told()
+    }
+
+    /// The same, without asking the adapter.
+    pub(crate) fn is_told(&self) -> bool {
         self.look || self.done != 0
     }
 }

@@ -122,7 +122,8 @@ impl<R: Registers, C: Clock> Ahci<R, C> {
     /// does it rather than wait.
     pub fn arm(&mut self) -> bool {
         if self.armed {
-            return false;
+            // Nothing was raised; what `check` found does not come with a message.
+            return self.ports.iter().filter_map(Port::disk).any(AtaDisk::is_told);
         }
         self.armed = true;
         self.registers.write(reg::IS, u32::MAX);
@@ -136,7 +137,8 @@ impl<R: Registers, C: Clock> Ahci<R, C> {
     }
 
     /// Looks after the disks now and then, say four times a second: commands that take too long,
-    /// devices that become ready, interrupts that were lost. Whether there is something to collect.
+    /// devices that become ready, interrupts that were lost. What it found is there for the next
+    /// [`Self::arm`] to tell.
     ///
     /// # Errors
     /// The adapter hangs.

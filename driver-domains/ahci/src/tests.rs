@@ -106,7 +106,7 @@ impl Bench {
         if self.model.messages() != 0 {
             self.driver.interrupt();
         }
-        while self.driver.arm() {}
+        self.driver.arm();
     }
 
     /// Runs until everything is complete, and returns how each request ended.

@@ -345,4 +345,12 @@ fn a_lost_message_costs_time_and_nothing_else() {
     bench.model.set_adapter(|adapter| adapter.lost_interrupts = true);
     let tag = bench.transfer(Operation::Write, 0, 8, 0).expect("room");
     assert_eq!(bench.finish()[&tag.0], Ok(()));
+    bench.transfer(Operation::Write, 0, 8, 0);
+    bench.kick();
+    bench.model.run();
+    assert!(!bench.driver.arm(), "nobody knows");
+    bench.driver.check(bench.model.now_ns()).expect("works");
+    assert!(bench.driver.arm(), "now somebody looks");
+    assert!(bench.complete().is_some());
+    assert!(!bench.driver.arm());
 }
