@@ -7,4 +7,5 @@ fn main() {
     println!("cargo:rerun-if-changed=src/boot.s");
     println!("cargo:rerun-if-changed=src/trampoline.s");
     println!("cargo:rerun-if-changed=src/entry.s");
+    println!("cargo:rerun-if-changed=src/svm.s");
 }

@@ -60,6 +60,10 @@ pub const SET_GRANT: u64 = 16;
 /// [`DomainOp`]: `build`. Makes the domain's next instruction fault, as if it had called an
 /// unmapped address.
 pub const CRASH: u64 = 17;
+/// [`SetHvmParam`]: `build`; PVH domain `Building`.
+pub const SET_HVM_PARAM: u64 = 18;
+/// [`ExitCounts`]: `build`.
+pub const GET_EXITS: u64 = 19;
 
 bitflags! {
     /// What a domain may do to others; fixed when it is created.
@@ -85,6 +89,10 @@ pub const CLASS_GUEST: u8 = 2;
 /// `Create::kind`: runs in ring 3 on its p2m.
 pub const KIND_UNIKERNEL: u8 = 0;
 
+/// `Create::kind`: brings a kernel of its own and runs under hardware virtualization, with its p2m
+/// as nested page table. `CREATE` answers `ENODEV` where the machine has none.
+pub const KIND_PVH: u8 = 1;
+
 /// `Create::domid`: the core chooses.
 pub const ANY_DOMAIN: DomainId = DomainId(0xffff);
 
@@ -109,13 +117,16 @@ pub struct Create {
     pub budget_us: u32,
     /// The period in µs.
     pub period_us: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// vCPUs; 0 means 1. A unikernel has one.
+    pub vcpus: u32,
 }
 const _: () = assert!(size_of::<Create>() == 56);
 
 /// `Populate::flags`: content outlives an incarnation.
 pub const POPULATE_PRESERVED: u32 = 1;
+/// `Populate::flags`: pages that are there already are done: for a PVH domain's next incarnation,
+/// whose last one may have given memory back.
+pub const POPULATE_MISSING: u32 = 2;
 
 /// Puts fresh, zeroed memory into an address range.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -155,7 +166,9 @@ pub struct Load {
 }
 const _: () = assert!(size_of::<Load>() == 24);
 
-/// Sets the registers of a unikernel's first instruction, see [`crate::start`].
+/// Sets the registers of a unikernel's first instruction, see [`crate::start`]. A PVH domain
+/// begins at `entry`, below 4 GiB, in 32-bit protected mode with `argument`, the address of its
+/// start info, in EBX; `stack` is 0.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct SetStart {
@@ -171,6 +184,58 @@ pub struct SetStart {
     pub argument: u64,
 }
 const _: () = assert!(size_of::<SetStart>() == 32);
+
+/// Sets a parameter that a PVH domain reads by `HVMOP_get_param`: where its rings are.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SetHvmParam {
+    /// Which domain.
+    pub domid: DomainId,
+    /// Padding.
+    pub pad: u16,
+    /// Which of `xen_abi::hvm::params`.
+    pub index: u32,
+    /// Its value.
+    pub value: u64,
+}
+const _: () = assert!(size_of::<SetHvmParam>() == 16);
+
+/// `ExitCounts::exits`: CPUID.
+pub const EXIT_CPUID: usize = 0;
+/// `ExitCounts::exits`: RDMSR and WRMSR.
+pub const EXIT_MSR: usize = 1;
+/// `ExitCounts::exits`: HLT.
+pub const EXIT_HALT: usize = 2;
+/// `ExitCounts::exits`: hypercalls.
+pub const EXIT_HYPERCALL: usize = 3;
+/// `ExitCounts::exits`: I/O ports.
+pub const EXIT_PORT: usize = 4;
+/// `ExitCounts::exits`: memory that is not there.
+pub const EXIT_MEMORY: usize = 5;
+/// `ExitCounts::exits`: interrupts became possible.
+pub const EXIT_WINDOW: usize = 6;
+/// `ExitCounts::exits`: everything else that the guest did.
+pub const EXIT_OTHER: usize = 7;
+/// Reasons that are counted.
+pub const EXIT_REASONS: usize = 8;
+
+/// How often, and why, the vCPUs of a PVH domain needed the core; of all incarnations.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ExitCounts {
+    /// Which domain.
+    pub domid: DomainId,
+    /// Padding.
+    pub pad: [u16; 3],
+    /// Out: by `EXIT_*`.
+    pub exits: [u64; EXIT_REASONS],
+    /// Out: accesses to MSRs, ports, memory and hypercalls that no specification lists.
+    pub unlisted: u64,
+    /// Out: the last of them. 32..64: 1 MSR read, 2 MSR written, 3 port, 4 memory, 5 hypercall;
+    /// 0..32: the number, page, or number << 16 | command.
+    pub last_unlisted: u64,
+}
+const _: () = assert!(size_of::<ExitCounts>() == 88);
 
 /// An operation that needs nothing but a domain.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -221,8 +286,12 @@ pub struct DomainInfo {
     pub hypercalls: u64,
     /// `INFO_*`.
     pub flags: u8,
+    /// `KIND_*`.
+    pub kind: u8,
+    /// vCPUs.
+    pub vcpus: u8,
     /// Padding.
-    pub pad: [u8; 3],
+    pub pad: u8,
     /// Grants of others that it has mapped.
     pub mapped_grants: u32,
     /// Event ports in use.

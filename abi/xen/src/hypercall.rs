@@ -45,12 +45,22 @@ pub mod version {
     pub const VERSION: u64 = 0;
     /// Fills 16 bytes.
     pub const EXTRAVERSION: u64 = 1;
+    /// Fills 144 bytes: 64 compiler, 16 by, 32 domain, 32 date.
+    pub const COMPILE_INFO: u64 = 2;
+    /// Fills 1024 bytes.
+    pub const CAPABILITIES: u64 = 3;
+    /// Fills 64 bytes.
+    pub const CHANGESET: u64 = 4;
+    /// Fills 8 bytes.
+    pub const PLATFORM_PARAMETERS: u64 = 5;
     /// Fills a [`super::FeatureInfo`].
     pub const GET_FEATURES: u64 = 6;
     /// Returns 4096.
     pub const PAGESIZE: u64 = 7;
     /// Fills 16 bytes of UUID.
     pub const GUEST_HANDLE: u64 = 8;
+    /// Fills 1024 bytes.
+    pub const COMMANDLINE: u64 = 9;
     /// The version that we answer: 4.17, whose guest ABI we follow.
     pub const ANSWER: u64 = 4 << 16 | 17;
     /// Feature bits of submap 0 that a PVH domain of Xen 4.17 sees.

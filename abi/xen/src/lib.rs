@@ -13,12 +13,14 @@ pub mod blkif;
 pub mod errno;
 pub mod event;
 pub mod grant;
+pub mod hvm;
 pub mod hypercall;
 pub mod memory;
 pub mod netif;
 pub mod ring;
 pub mod sched;
 pub mod shared_info;
+pub mod vcpu;
 pub mod xenstore;
 
 pub use errno::Errno;

@@ -6,7 +6,8 @@ use crate::frame::{FrameInfo, Mfn};
 use crate::p2m::{GFN_LIMIT, Kind, Page};
 use crate::platform::{MAX_CPUS, Platform};
 use crate::state::Core;
-use axolotl_abi::control::{CLASS_CONTROL, Rights};
+use crate::vcpu::VcpuId;
+use axolotl_abi::control::{CLASS_CONTROL, KIND_UNIKERNEL, Rights};
 use axolotl_abi::image::{
     ACCESS_READ, ACCESS_WRITE, BundleHeader, ImageError, ImageHeader, Segment,
 };
@@ -120,6 +121,9 @@ impl<P: Platform> Core<P> {
                 boot.cpus
             ),
         );
+        if let Err(why) = p.virtualization() {
+            self.print(p, format_args!("no domains with kernels of their own: {}", why.text()));
+        }
         if left_out > 0 {
             self.print(p, format_args!("{left_out} further PCI functions are not offered"));
         }
@@ -155,6 +159,8 @@ impl<P: Platform> Core<P> {
                 class: CLASS_CONTROL,
                 rights: Rights::all(),
                 builder: None,
+                kind: KIND_UNIKERNEL,
+                vcpus: 1,
                 max_pages: header.control_pages,
                 budget_ns: 0,
                 period_ns: 0,
@@ -182,7 +188,7 @@ impl<P: Platform> Core<P> {
         let page =
             self.populate(p, CONTROL, Gfn::containing(START_INFO_GPA), ACCESS_READ, false)?;
         p.write(page, 0, info.as_bytes());
-        if let Some(state) = &mut self.me_mut(CONTROL).vcpu.state {
+        if let Some(state) = &mut self.me_mut(CONTROL).vcpu_mut().state {
             let registers = P::registers_mut(state);
             registers.rip = image_header.entry;
             registers.rsp = STACK_TOP_GPA - 8;
@@ -190,7 +196,7 @@ impl<P: Platform> Core<P> {
         }
         self.begin(p, CONTROL);
         self.control_started_ns = p.now_ns();
-        self.make_ready(p, CONTROL);
+        self.make_ready(p, VcpuId::first(CONTROL));
         Ok(())
     }
 

@@ -1,6 +1,5 @@
 //! Consoles: the last bytes of each domain, and of the core itself (ADR 2).
 
-use crate::access;
 use crate::domain::Domain;
 use crate::fault::{Answer, Fault};
 use crate::platform::Platform;
@@ -127,7 +126,7 @@ impl<P: Platform> Core<P> {
         // As Xen does it; what is beyond could not be meant.
         let count = count.min(i32::MAX as u64);
         let direct = self.me(id).rights.contains(Rights::CONSOLE);
-        let mut done = u64::from(self.me(id).vcpu.progress).min(count);
+        let mut done = u64::from(self.me(id).vcpu().progress).min(count);
         for _ in 0..if direct { 1 } else { CHUNKS } {
             if done == count {
                 break;
@@ -135,22 +134,21 @@ impl<P: Platform> Core<P> {
             let mut chunk = [0; CHUNK];
             let most = if direct { DIRECT_CHUNK } else { CHUNK };
             let len = most.min(usize::try_from(count - done).unwrap_or(most));
-            let domain = self.me_mut(id);
-            access::read(p, &domain.p2m, buffer.wrapping_add(done), &mut chunk[..len])?;
+            self.read_caller(p, id, buffer.wrapping_add(done), &mut chunk[..len])?;
             let mut part = &chunk[..len];
             if direct && done + (len as u64) < count {
                 // Others get their chance between two lines rather than within one.
                 let end = part.iter().rposition(|&byte| byte == b'\n');
                 part = &part[..end.map_or(len, |end| end + 1)];
             }
-            append(p, domain, part);
+            append(p, self.me_mut(id), part);
             if direct {
                 self.write_through(p, id, part);
             }
             done += part.len() as u64;
         }
         if done < count {
-            self.me_mut(id).vcpu.progress = u32::try_from(done).unwrap_or(0);
+            self.me_mut(id).vcpu_mut().progress = u32::try_from(done).unwrap_or(0);
             return Err(Fault::Again);
         }
         if !direct && count > 0 {
@@ -175,7 +173,7 @@ impl<P: Platform> Core<P> {
             let len = (wanted - done).min(CHUNK as u64);
             let part = &mut chunk[..usize::try_from(len).unwrap_or(CHUNK)];
             self.console_bytes(p, op.domid, op.position + done, part);
-            access::write(p, &self.me(id).p2m, op.buffer.wrapping_add(done), part)?;
+            self.write_caller(p, id, op.buffer.wrapping_add(done), part)?;
             done += len;
         }
         op.position += wanted;
@@ -204,7 +202,7 @@ impl<P: Platform> Core<P> {
     }
 }
 
-fn append<P: Platform>(p: &mut P, domain: &mut Domain<P>, mut bytes: &[u8]) {
+pub(crate) fn append<P: Platform>(p: &mut P, domain: &mut Domain<P>, mut bytes: &[u8]) {
     while !bytes.is_empty() {
         let at = ring_index(domain.console_written, 4096);
         let (now, later) = bytes.split_at(bytes.len().min(4096 - at));

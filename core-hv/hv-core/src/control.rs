@@ -4,17 +4,20 @@
 //! does a bounded number and answers `EAGAIN` until the last one is done. The stage of the domain
 //! says which step is next, so nothing is lost when the caller dies in between.
 
-use crate::domain::{Cause, Domain, Grants, MAX_DOMAINS, NEVER, Ports, Stage, Step, Vcpu};
+use crate::domain::{Cause, Domain, Grants, MAX_DOMAINS, NEVER, Ports, Stage, Step};
 use crate::event::Port;
 use crate::fault::{Answer, Fault};
 use crate::frame::{Account, FrameTable, Mfn, Table};
 use crate::p2m::{GFN_LIMIT, Kind, P2m, Page, Walk};
-use crate::platform::{Bdf, Platform};
+use crate::platform::{Bdf, GUEST_FRAMES, Platform};
+use crate::pvh::{Pvh, first_info};
 use crate::state::Core;
+use crate::vcpu::{MAX_VCPUS, Vcpu, VcpuId};
 use axolotl_abi::control::{
-    self, ANY_DOMAIN, ASSIGN_DMA_TRUSTED, AssignDevice, CLASS_GUEST, Create, DEATH_RESTARTED,
-    DeathRecord, DomainInfo, DomainOp, GetDeath, INFO_DMA_TRUSTED, KIND_UNIKERNEL, Load,
-    POPULATE_PRESERVED, PciFunction, PhysInfo, Populate, Rights, SetGrant, SetStart,
+    self, ANY_DOMAIN, ASSIGN_DMA_TRUSTED, AssignDevice, CLASS_GUEST, Create, DEATH_CRASHED,
+    DEATH_RESTARTED, DeathRecord, DomainInfo, DomainOp, ExitCounts, GetDeath, INFO_DMA_TRUSTED,
+    KIND_PVH, KIND_UNIKERNEL, Load, POPULATE_MISSING, POPULATE_PRESERVED, PciFunction, PhysInfo,
+    Populate, Rights, SetGrant, SetStart,
 };
 use axolotl_abi::image::{ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE};
 use heapless::Vec;
@@ -27,6 +30,8 @@ use zerocopy::FromZeros;
 const QUOTA: u32 = 64;
 /// Bytes of one [`Load`].
 const LOAD_MAX: u32 = 65_536;
+/// Everything that memory can be used for.
+pub(crate) const ALL_ACCESS: u32 = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
 /// Most bytes of register space of one device.
 const BARS_MAX: u64 = 16 << 20;
 
@@ -77,12 +82,14 @@ impl<P: Platform> Core<P> {
             control::GET_PCI_FUNCTION => self.pci_function_op(p, id, gpa),
             control::CONSOLE_READ => self.console_read(p, id, gpa),
             control::PHYSINFO => self.physinfo_op(p, id, gpa),
+            control::SET_HVM_PARAM => self.set_hvm_param(p, id, gpa),
+            control::GET_EXITS => self.exits_op(p, id, gpa),
             _ => Err(Errno::ENOSYS.into()),
         }
     }
 
     /// A domain that the caller created.
-    fn built(&self, id: DomainId, which: DomainId) -> Result<DomainId, Errno> {
+    pub(crate) fn built(&self, id: DomainId, which: DomainId) -> Result<DomainId, Errno> {
         let domain = self.domain(which).ok_or(Errno::ESRCH)?;
         if domain.builder == Some(id) { Ok(which) } else { Err(Errno::EPERM) }
     }
@@ -101,19 +108,32 @@ impl<P: Platform> Core<P> {
     fn create_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let mut op: Create = self.get(p, id, gpa)?;
         let rights = Rights::from_bits(op.rights).ok_or(Errno::EINVAL)?;
-        if op.kind != KIND_UNIKERNEL || op.class > CLASS_GUEST {
+        op.vcpus = op.vcpus.max(1);
+        let most = match op.kind {
+            KIND_UNIKERNEL => 1,
+            KIND_PVH => MAX_VCPUS,
+            _ => return Err(Errno::EINVAL.into()),
+        };
+        // A kernel of its own is nobody's helper.
+        let is_strange = op.kind == KIND_PVH && op.rights != 0;
+        if op.class > CLASS_GUEST || op.vcpus as usize > most || is_strange {
             return Err(Errno::EINVAL.into());
         }
         if !self.me(id).rights.contains(rights) {
             return Err(Errno::EPERM.into());
         }
         op.domid = self.free_id(op.domid)?;
+        if op.kind == KIND_PVH && p.virtualization().is_err() {
+            return Err(Errno::ENODEV.into());
+        }
         let plan = Plan {
             id: op.domid,
             name: op.name,
             class: op.class,
             rights,
             builder: Some(id),
+            kind: op.kind,
+            vcpus: u8::try_from(op.vcpus).unwrap_or(1),
             max_pages: op.max_pages,
             budget_ns: u64::from(op.budget_us) * 1000,
             period_ns: u64::from(op.period_us) * 1000,
@@ -146,23 +166,25 @@ impl<P: Platform> Core<P> {
     pub(crate) fn create(&mut self, p: &mut P, plan: &Plan) -> Result<(), Errno> {
         let mut account = Account { owner: plan.id, pages: 0, max: plan.max_pages };
         let frames = &mut self.frames;
-        let mut own = [Mfn(0); 3];
-        for index in 0..own.len() {
+        let is_pvh = plan.kind == KIND_PVH;
+        let per_vcpu = if is_pvh { GUEST_FRAMES } else { 1 };
+        let mut own = Vec::<Mfn, { 2 + MAX_VCPUS * GUEST_FRAMES }>::new();
+        for _ in 0..2 + usize::from(plan.vcpus) * per_vcpu {
             match frames.allocate(p, &mut account) {
-                Ok(mfn) => own[index] = mfn,
-                Err(errno) => return Err(give_back(frames, &own[..index], &mut account, errno)),
+                Ok(mfn) => _ = own.push(mfn),
+                Err(errno) => return Err(give_back(frames, &own, &mut account, errno)),
             }
         }
-        let p2m = match P2m::new(p, frames, &mut account) {
+        let p2m = match P2m::new(p, frames, &mut account, is_pvh) {
             Ok(p2m) => p2m,
             Err(errno) => return Err(give_back(frames, &own, &mut account, errno)),
         };
-        let [shared, console, frame] = own;
-        Self::write_clock(p, shared);
-        let mut vcpu = Vcpu::new(p.new_vcpu(frame), frame);
-        vcpu.reset();
-        vcpu.budget = plan.budget_ns;
-        vcpu.period = plan.period_ns;
+        let (shared, console) = (own[0], own[1]);
+        Self::write_wall_clock(p, shared);
+        let mut vcpus = Vec::new();
+        for (index, frames) in (0..).zip(own[2..].chunks(per_vcpu)) {
+            let _ = vcpus.push(Self::new_vcpu(p, plan, shared, index, frames));
+        }
         self.lives += 1;
         self.last_id = plan.id.0.into();
         self.domains[usize::from(plan.id.0)] = Some(Domain {
@@ -196,25 +218,48 @@ impl<P: Platform> Core<P> {
                 free_map: 0,
                 mapped: 0,
             },
-            vcpu,
+            vcpus,
+            acting: 0,
+            doomed: None,
+            alone: None,
+            pvh: is_pvh.then(Pvh::new),
             devices: Vec::new(),
             death: DeathRecord::new_zeroed(),
         });
         Ok(())
     }
 
+    fn new_vcpu(p: &mut P, plan: &Plan, shared: Mfn, index: u8, frames: &[Mfn]) -> Vcpu<P> {
+        let state = match *frames {
+            [first, second, ..] => p.new_guest([first, second]),
+            [first] => p.new_vcpu(first),
+            [] => unreachable!("a vCPU has frames"),
+        };
+        let info = first_info(shared, index);
+        Self::write_time(p, info);
+        let mut vcpu = Vcpu::new(state, (frames[0], frames.get(1).copied()), info);
+        vcpu.reset();
+        vcpu.budget = plan.budget_ns;
+        vcpu.period = plan.period_ns;
+        vcpu
+    }
+
     fn populate_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let mut op: Populate = self.get(p, id, gpa)?;
         let target = self.building(id, op.domid)?;
-        let preserved = match op.flags {
-            0 => false,
-            POPULATE_PRESERVED => true,
+        let (preserved, missing) = match op.flags {
+            0 => (false, false),
+            POPULATE_PRESERVED => (true, false),
+            POPULATE_MISSING => (false, true),
             _ => return Err(Errno::EINVAL.into()),
         };
         let mut left = QUOTA;
         while op.done < u64::from(op.count) && left > 0 {
             let gfn = Gfn(op.gfn.checked_add(op.done).ok_or(Errno::EINVAL)?);
-            self.populate(p, target, gfn, op.access, preserved)?;
+            match self.populate(p, target, gfn, op.access, preserved) {
+                Err(Errno::EEXIST) if missing => {}
+                done => _ = done?,
+            }
             op.done += 1;
             left -= 1;
         }
@@ -234,8 +279,7 @@ impl<P: Platform> Core<P> {
         access: u32,
         preserved: bool,
     ) -> Result<Mfn, Errno> {
-        let known = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
-        if access & !known != 0 || access & ACCESS_READ == 0 {
+        if access & !ALL_ACCESS != 0 || access & ACCESS_READ == 0 {
             return Err(Errno::EINVAL);
         }
         let (domain, frames) = self.with_frames(id);
@@ -293,7 +337,12 @@ impl<P: Platform> Core<P> {
         if op.entry >> 12 >= GFN_LIMIT {
             return Err(Errno::EINVAL.into());
         }
-        let state = self.me_mut(target).vcpu.state.as_mut().ok_or(Errno::EBUSY)?;
+        if self.me(target).pvh.is_some() {
+            let narrow = |value: u64| u32::try_from(value).map_err(|_| Errno::EINVAL);
+            self.start_pvh(target, narrow(op.entry)?, narrow(op.argument)?);
+            return Ok(0);
+        }
+        let state = self.me_mut(target).vcpu_mut().state.as_mut().ok_or(Errno::EBUSY)?;
         let registers = P::registers_mut(state);
         registers.rip = op.entry;
         registers.rsp = op.stack;
@@ -309,7 +358,7 @@ impl<P: Platform> Core<P> {
             _ => return Err(Errno::EINVAL.into()),
         }
         self.me_mut(target).paused = false;
-        self.make_ready(p, target);
+        self.make_all_ready(p, target);
         Ok(0)
     }
 
@@ -319,7 +368,9 @@ impl<P: Platform> Core<P> {
         let domain = self.me_mut(id);
         domain.stage = Stage::Live;
         domain.started_ns = now;
-        domain.vcpu.period_start = now;
+        for vcpu in &mut domain.vcpus {
+            vcpu.period_start = now;
+        }
         if domain.death.incarnation != 0 && domain.death.restarted_ns == 0 {
             domain.death.restarted_ns = now;
         }
@@ -330,14 +381,19 @@ impl<P: Platform> Core<P> {
         if self.me(target).stage != Stage::Live {
             return Err(Errno::EINVAL.into());
         }
-        match (self.me(target).vcpu.on_cpu, self.me_mut(target).vcpu.state.take()) {
+        if self.me(target).pvh.is_some() {
+            self.doom(p, target, Cause::new(DEATH_CRASHED, 0));
+            return Ok(0);
+        }
+        let v = VcpuId::first(target);
+        match (self.vcpu(v).on_cpu, self.vcpu_mut(v).state.take()) {
             (None, Some(mut state)) => {
-                self.derail(p, target, &mut state);
-                self.me_mut(target).vcpu.state = Some(state);
-                self.make_ready(p, target);
+                self.derail(p, v, &mut state);
+                self.vcpu_mut(v).state = Some(state);
+                self.make_ready(p, v);
             }
             (cpu, _) => {
-                self.me_mut(target).vcpu.crash = true;
+                self.vcpu_mut(v).crash = true;
                 if let Some(cpu) = cpu {
                     self.interrupt(p, crate::platform::CpuId(cpu));
                 }
@@ -393,7 +449,10 @@ impl<P: Platform> Core<P> {
                 domain.stage = Stage::Building;
                 domain.paused = false;
                 domain.started_ns = 0;
-                domain.vcpu.reset();
+                domain.vcpus.iter_mut().for_each(Vcpu::reset);
+                if let Some(pvh) = &mut domain.pvh {
+                    pvh.reset();
+                }
                 self.update_deadline(p, id);
                 Ok(None)
             }
@@ -417,8 +476,12 @@ impl<P: Platform> Core<P> {
         grants.free_map = 0;
         domain.ports.table.clear(p);
         domain.ports.hint = 1;
-        p.zero(domain.shared);
-        Self::write_clock(p, domain.shared);
+        let shared = domain.shared;
+        p.zero(shared);
+        Self::write_wall_clock(p, shared);
+        for v in self.vcpus_of(id) {
+            Self::write_time(p, self.vcpu(v).info);
+        }
         // From here on a peer's pin is one on a frame alone.
         self.lives += 1;
         self.me_mut(id).life = self.lives;
@@ -535,15 +598,21 @@ impl<P: Platform> Core<P> {
         self.sched.set_deadline(id, NEVER);
         self.forget_remote(p, id);
         let Some(domain) = self.domains[usize::from(id.0)].take() else { return };
-        let Domain { mut account, p2m, vcpu, shared, console, builder, .. } = domain;
+        let Domain { mut account, p2m, vcpus, shared, console, builder, .. } = domain;
         // The next domain with this id has no rights over those that this one created.
         for child in self.domains.iter_mut().flatten().filter(|child| child.builder == Some(id)) {
             child.builder = builder;
         }
-        if let Some(state) = vcpu.state {
-            p.drop_vcpu(state);
+        for vcpu in vcpus {
+            if let Some(state) = vcpu.state {
+                p.drop_vcpu(state);
+            }
+            self.frames.release(vcpu.frame, &mut account);
+            if let Some(second) = vcpu.frame2 {
+                self.frames.release(second, &mut account);
+            }
         }
-        for mfn in [shared, console, vcpu.frame] {
+        for mfn in [shared, console] {
             self.frames.release(mfn, &mut account);
         }
         p2m.free(&mut self.frames, &mut account);
@@ -568,16 +637,29 @@ impl<P: Platform> Core<P> {
             incarnation: domain.incarnation,
             pages: domain.account.pages,
             max_pages: domain.account.max,
-            cpu_ns: domain.vcpu.cpu_ns,
+            cpu_ns: domain.vcpus.iter().map(|vcpu| vcpu.cpu_ns).sum(),
             started_ns: domain.started_ns,
-            hypercalls: domain.vcpu.hypercalls,
+            hypercalls: domain.vcpus.iter().map(|vcpu| vcpu.hypercalls).sum(),
             flags: if domain.devices.iter().any(trusted) { INFO_DMA_TRUSTED } else { 0 },
-            pad: [0; 3],
+            kind: if domain.pvh.is_some() { KIND_PVH } else { KIND_UNIKERNEL },
+            vcpus: u8::try_from(domain.vcpus.len()).unwrap_or(u8::MAX),
+            pad: 0,
             mapped_grants: domain.grants.mapped,
             ports: domain.ports.used,
-            budget_overruns: domain.vcpu.overruns,
+            budget_overruns: domain.vcpus.iter().map(|vcpu| vcpu.overruns).sum(),
             name: domain.name,
         }
+    }
+
+    fn exits_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
+        let mut op: ExitCounts = self.get(p, id, gpa)?;
+        let target = self.built(id, op.domid)?;
+        let pvh = self.me(target).pvh.as_ref().ok_or(Errno::EINVAL)?;
+        op.exits = pvh.exits;
+        op.unlisted = pvh.unlisted;
+        op.last_unlisted = pvh.last_unlisted;
+        self.put(p, id, gpa, &op)?;
+        Ok(0)
     }
 
     fn death_op(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
@@ -718,6 +800,8 @@ pub(crate) struct Plan {
     pub(crate) class: u8,
     pub(crate) rights: Rights,
     pub(crate) builder: Option<DomainId>,
+    pub(crate) kind: u8,
+    pub(crate) vcpus: u8,
     pub(crate) max_pages: u32,
     pub(crate) budget_ns: u64,
     pub(crate) period_ns: u64,

@@ -2,8 +2,10 @@
 
 use crate::frame::{Account, Mfn, Table};
 use crate::p2m::P2m;
-use crate::platform::{Bdf, Platform, Registers};
+use crate::platform::{Bdf, CpuId, Platform, Registers};
+use crate::pvh::Pvh;
 use crate::state::Core;
+use crate::vcpu::{MAX_VCPUS, Vcpu, Wait};
 use axolotl_abi::control::{self, DeathRecord, Rights};
 use core::fmt;
 use heapless::Vec;
@@ -51,17 +53,6 @@ pub enum Step {
     Processors,
 }
 
-/// What a vCPU waits for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Wait {
-    /// Nothing: it runs or could.
-    Nothing,
-    /// Any event: `SCHEDOP_block`.
-    Event,
-    /// Port, or 0 for several: `SCHEDOP_poll`.
-    Port(u32),
-}
-
 /// Why an incarnation ends, see `DeathRecord`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Cause {
@@ -97,103 +88,6 @@ impl fmt::Display for Cause {
     }
 }
 
-/// The virtual CPU of a domain, and its share of the processors.
-pub struct Vcpu<P: Platform> {
-    /// Its registers; absent while a processor runs it.
-    pub state: Option<P::Vcpu>,
-    /// Where the machine layer keeps them.
-    pub frame: Mfn,
-    /// What it waits for.
-    pub wait: Wait,
-    /// Which processor runs it.
-    pub on_cpu: Option<u8>,
-    /// It is in a run queue.
-    pub queued: bool,
-    /// Elements of a batch that are done, when a hypercall is to be continued.
-    pub progress: u32,
-    /// When `VIRQ_TIMER` is due.
-    pub timer: u64,
-    /// When a poll times out.
-    pub poll_until: u64,
-    /// When the domain dies unless it pokes.
-    pub watchdogs: [u64; WATCHDOGS],
-    /// CPU time that it may use per period at its class's priority, ns; 0: no limit.
-    pub budget: u64,
-    /// The period, ns.
-    pub period: u64,
-    /// Used in this period, ns.
-    pub used: u64,
-    /// When the period started.
-    pub period_start: u64,
-    /// It has used up its budget.
-    pub exhausted: bool,
-    /// How often that happened.
-    pub overruns: u32,
-    /// It shall die as soon as no processor runs it.
-    pub doomed: Option<Cause>,
-    /// It shall fault as soon as no processor runs it.
-    pub crash: bool,
-    /// It was made to fault here.
-    pub crashed_at: Option<u64>,
-    /// CPU time of all incarnations, ns.
-    pub cpu_ns: u64,
-    /// Hypercalls of all incarnations.
-    pub hypercalls: u64,
-}
-
-impl<P: Platform> Vcpu<P> {
-    /// Stopped, with all registers 0.
-    pub(crate) fn new(state: P::Vcpu, frame: Mfn) -> Self {
-        Self {
-            state: Some(state),
-            frame,
-            wait: Wait::Nothing,
-            on_cpu: None,
-            queued: false,
-            progress: 0,
-            timer: NEVER,
-            poll_until: NEVER,
-            watchdogs: [NEVER; WATCHDOGS],
-            budget: 0,
-            period: 0,
-            used: 0,
-            period_start: 0,
-            exhausted: false,
-            overruns: 0,
-            doomed: None,
-            crash: false,
-            crashed_at: None,
-            cpu_ns: 0,
-            hypercalls: 0,
-        }
-    }
-
-    /// The next time at which something happens to it without its doing.
-    #[must_use]
-    pub fn deadline(&self) -> u64 {
-        let refill = if self.exhausted { self.period_start + self.period } else { NEVER };
-        let dogs = self.watchdogs.iter().copied().min().unwrap_or(NEVER);
-        self.timer.min(self.poll_until).min(dogs).min(refill)
-    }
-
-    /// Forgets what belongs to an incarnation.
-    pub(crate) fn reset(&mut self) {
-        if let Some(state) = &mut self.state {
-            *P::registers_mut(state) = Registers { rflags: 0x202, ..Registers::default() };
-        }
-        self.wait = Wait::Nothing;
-        self.progress = 0;
-        self.timer = NEVER;
-        self.poll_until = NEVER;
-        self.watchdogs = [NEVER; WATCHDOGS];
-        self.exhausted = false;
-        self.used = 0;
-        self.doomed = None;
-        self.crash = false;
-        self.crashed_at = None;
-    }
-}
-
 /// The event ports of a domain, see [`crate::event`].
 pub struct Ports {
     /// Entries of 8 bytes.
@@ -202,7 +96,7 @@ pub struct Ports {
     pub hint: u32,
     /// In use.
     pub used: u32,
-    /// Port of each virtual interrupt, 0: none.
+    /// Port of each virtual interrupt that a domain has once, 0: none.
     pub virqs: [u16; event::NR_VIRQS as usize],
 }
 
@@ -260,8 +154,16 @@ pub struct Domain<P: Platform> {
     pub ports: Ports,
     /// Its grants.
     pub grants: Grants,
-    /// Its vCPU.
-    pub vcpu: Vcpu<P>,
+    /// Its vCPUs, at least one.
+    pub vcpus: Vec<Vcpu<P>, MAX_VCPUS>,
+    /// Which of them is in the core, when one is.
+    pub acting: u8,
+    /// It shall die as soon as no processor runs any of its vCPUs: why, and by which vCPU's doing.
+    pub doomed: Option<(Cause, u8)>,
+    /// The only vCPU that may run, because it narrows the address space.
+    pub alone: Option<u8>,
+    /// What only a hardware-virtualized domain has.
+    pub pvh: Option<Pvh>,
     /// Its PCI functions, in order of assignment.
     pub devices: Vec<Bdf, MAX_DEVICES>,
     /// How its last life ended.
@@ -277,15 +179,49 @@ impl<P: Platform> Domain<P> {
             Stage::Dead | Stage::Restarting(_) => control::STATE_DEAD,
             Stage::Dying(_) => control::STATE_DYING,
             Stage::Live if self.paused => control::STATE_PAUSED,
-            Stage::Live if self.vcpu.wait != Wait::Nothing => control::STATE_BLOCKED,
+            Stage::Live if self.vcpus.iter().all(|vcpu| vcpu.wait != Wait::Nothing) => {
+                control::STATE_BLOCKED
+            }
             Stage::Live => control::STATE_RUNNING,
         }
     }
 
-    /// Whether its vCPU could use a processor.
+    /// Whether a vCPU of it could use a processor.
     #[must_use]
-    pub fn is_runnable(&self) -> bool {
-        self.stage == Stage::Live && !self.paused && self.vcpu.wait == Wait::Nothing
+    pub fn is_runnable(&self, index: u8) -> bool {
+        self.stage == Stage::Live
+            && !self.paused
+            && self.doomed.is_none()
+            && self.alone.is_none_or(|only| only == index)
+            && self.vcpus[usize::from(index)].wait == Wait::Nothing
+    }
+
+    /// The vCPU that is in the core; of a domain that does not act itself, the first.
+    #[must_use]
+    pub fn vcpu(&self) -> &Vcpu<P> {
+        &self.vcpus[usize::from(self.acting)]
+    }
+
+    /// As [`Self::vcpu`].
+    pub fn vcpu_mut(&mut self) -> &mut Vcpu<P> {
+        &mut self.vcpus[usize::from(self.acting)]
+    }
+
+    /// Processors that run vCPUs of it.
+    pub fn processors(&self) -> impl Iterator<Item = CpuId> + '_ {
+        self.vcpus.iter().filter_map(|vcpu| vcpu.on_cpu.map(CpuId))
+    }
+
+    /// Whether processors run vCPUs of it.
+    #[must_use]
+    pub fn is_on_cpu(&self) -> bool {
+        self.processors().next().is_some()
+    }
+
+    /// The next time at which something happens to it without its doing.
+    #[must_use]
+    pub fn deadline(&self) -> u64 {
+        self.vcpus.iter().map(Vcpu::deadline).min().unwrap_or(NEVER)
     }
 
     /// Whether its grants can be used and its events be raised.
@@ -294,10 +230,11 @@ impl<P: Platform> Domain<P> {
         matches!(self.stage, Stage::Building | Stage::Live)
     }
 
-    /// The run queue that its vCPU belongs to.
+    /// The run queue that a vCPU belongs to.
     #[must_use]
-    pub fn queue(&self) -> usize {
-        if self.vcpu.exhausted { crate::sched::EXHAUSTED } else { self.class.into() }
+    pub fn queue(&self, index: u8) -> usize {
+        let exhausted = self.vcpus[usize::from(index)].exhausted;
+        if exhausted { crate::sched::EXHAUSTED } else { self.class.into() }
     }
 
     /// Name without its padding.
@@ -315,23 +252,15 @@ pub fn text(name: &[u8]) -> &str {
 }
 
 impl<P: Platform> Core<P> {
-    /// Fills the clock fields of a shared-info page that nobody reads yet.
-    pub(crate) fn write_clock(p: &mut P, shared: Mfn) {
-        use shared_info::{VCPU_TIME, time};
-        let clock = p.clock();
-        p.store64(shared, VCPU_TIME + time::TSC_TIMESTAMP, clock.tsc_at_zero);
-        p.store64(shared, VCPU_TIME + time::SYSTEM_TIME, 0);
-        p.store32(shared, VCPU_TIME + time::MUL, clock.mul);
-        p.store8(shared, VCPU_TIME + time::SHIFT, clock.shift.cast_unsigned());
-        p.store8(shared, VCPU_TIME + time::FLAGS, 1);
-        p.store32(shared, VCPU_TIME + time::VERSION, 2);
-        let seconds = clock.unix_at_zero_s.to_le_bytes();
+    /// Fills the wall clock of a shared-info page that nobody reads yet.
+    pub(crate) fn write_wall_clock(p: &mut P, shared: Mfn) {
+        let seconds = p.clock().unix_at_zero_s.to_le_bytes();
         p.write(shared, shared_info::WC_SEC, &seconds[..4]);
         p.write(shared, shared_info::WC_SEC_HI, &seconds[4..]);
         p.store32(shared, shared_info::WC_VERSION, 2);
     }
 
-    /// Ends the life of a domain whose vCPU no processor runs, or whose registers the caller has:
+    /// Ends the life of a domain whose vCPUs no processor runs, or whose registers the caller has:
     /// stops its devices, closes its ports, records why, and tells the control plane. Its memory
     /// and its mappings of foreign pages stay until it is restarted or destroyed.
     pub(crate) fn die(&mut self, p: &mut P, id: DomainId, cause: Cause, registers: &Registers) {
@@ -342,16 +271,17 @@ impl<P: Platform> Core<P> {
         }
         self.close_all(p, id);
         self.sched.forget(id);
+        self.forget_areas(id);
         let record = self.death_record(p, id, cause, registers, now);
         let domain = self.me_mut(id);
         domain.stage = Stage::Dead;
-        domain.vcpu.queued = false;
-        domain.vcpu.timer = NEVER;
-        domain.vcpu.poll_until = NEVER;
-        domain.vcpu.watchdogs = [NEVER; WATCHDOGS];
-        domain.vcpu.exhausted = false;
-        domain.vcpu.doomed = None;
-        domain.vcpu.crash = false;
+        domain.doomed = None;
+        domain.alone = None;
+        for vcpu in &mut domain.vcpus {
+            vcpu.queued = false;
+            vcpu.stop_timers();
+            vcpu.crash = false;
+        }
         domain.death = record;
         let (name, life) = (domain.name, domain.incarnation);
         self.update_deadline(p, id);
@@ -375,7 +305,13 @@ impl<P: Platform> Core<P> {
         now: u64,
     ) -> DeathRecord {
         let domain = self.me(id);
-        let crashed = domain.vcpu.crashed_at.is_some() && cause.cause == control::DEATH_FAULT;
+        let crashed_at = domain.vcpus[0].crashed_at;
+        let crashed = crashed_at.is_some() && cause.cause == control::DEATH_FAULT;
+        // A kernel of its own has addresses of its own.
+        let backtrace = match domain.pvh {
+            None => backtrace(p, &domain.p2m, crashed_at, r.rbp),
+            Some(_) => [0; 16],
+        };
         let lived = if domain.started_ns == 0 { 0 } else { now.saturating_sub(domain.started_ns) };
         DeathRecord {
             incarnation: domain.incarnation,
@@ -393,7 +329,7 @@ impl<P: Platform> Core<P> {
             ],
             rip: r.rip,
             rflags: r.rflags,
-            backtrace: backtrace(p, &domain.p2m, domain.vcpu.crashed_at, r.rbp),
+            backtrace,
         }
     }
 }

@@ -5,6 +5,7 @@
 //! | bits   | meaning                                             |
 //! |--------|-----------------------------------------------------|
 //! | 0..8   | `STATUS_*`                                          |
+//! | 8..16  | the vCPU that it notifies                           |
 //! | 16..32 | remote domain, of an unbound or interdomain port    |
 //! | 32..64 | remote port, virtual interrupt, or device vector    |
 //!
@@ -12,10 +13,11 @@
 //! that stays true. Pending and mask bits are in the shared-info page, which the domain writes
 //! too: they are changed by atomic operations only, and nothing else depends on them.
 
-use crate::domain::{MAX_DOMAINS, Wait};
+use crate::domain::MAX_DOMAINS;
 use crate::fault::Answer;
 use crate::platform::Platform;
 use crate::state::Core;
+use crate::vcpu::{VcpuId, Wait};
 use axolotl_abi::control::Rights;
 use xen_abi::event::{self, AllocUnbound, BindInterdomain, BindIpi, BindVcpu, BindVirq, PortOp};
 use xen_abi::event::{
@@ -37,22 +39,32 @@ pub struct Port {
     pub remote: DomainId,
     /// Remote port, virtual interrupt, or device vector.
     pub detail: u32,
+    /// The vCPU that it notifies.
+    pub vcpu: u8,
 }
 
 impl Port {
     const FREE: Self = Self::new(STATUS_CLOSED, DomainId(0), 0);
 
     pub(crate) const fn new(status: u32, remote: DomainId, detail: u32) -> Self {
-        Self { status, remote, detail }
+        Self { status, remote, detail, vcpu: 0 }
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "takes fields apart")]
     const fn decode(raw: u64) -> Self {
-        Self::new(raw as u32 & 0xff, DomainId((raw >> 16) as u16), (raw >> 32) as u32)
+        Self {
+            status: raw as u32 & 0xff,
+            remote: DomainId((raw >> 16) as u16),
+            detail: (raw >> 32) as u32,
+            vcpu: (raw >> 8) as u8,
+        }
     }
 
     const fn encode(self) -> u64 {
-        self.status as u64 | (self.remote.0 as u64) << 16 | (self.detail as u64) << 32
+        self.status as u64
+            | (self.vcpu as u64) << 8
+            | (self.remote.0 as u64) << 16
+            | (self.detail as u64) << 32
     }
 }
 
@@ -170,7 +182,7 @@ impl<P: Platform> Core<P> {
             p,
             remote,
             op.remote_port,
-            Port::new(STATUS_INTERDOMAIN, id, op.local_port.0),
+            Port { vcpu: theirs.vcpu, ..Port::new(STATUS_INTERDOMAIN, id, op.local_port.0) },
         );
         if let Err(errno) = self.put(p, id, gpa, &op) {
             self.close(p, id, op.local_port);
@@ -187,18 +199,24 @@ impl<P: Platform> Core<P> {
         if op.virq >= event::NR_VIRQS {
             return Err(Errno::EINVAL.into());
         }
-        if op.vcpu != 0 {
-            let errno = if is_per_vcpu(op.virq) { Errno::ENOENT } else { Errno::EINVAL };
-            return Err(errno.into());
-        }
         let index = op.virq as usize;
-        if self.me(id).ports.virqs[index] != 0 {
+        if !is_per_vcpu(op.virq) && op.vcpu != 0 {
+            return Err(Errno::EINVAL.into());
+        }
+        let v = self.vcpu_named(id, op.vcpu)?;
+        if self.virq_port(v, op.virq) != 0 {
             return Err(Errno::EEXIST.into());
         }
-        op.port = self.new_port(p, id, Port::new(STATUS_VIRQ, DomainId(0), op.virq))?;
-        self.me_mut(id).ports.virqs[index] = u16::try_from(op.port.0).unwrap_or(0);
-        if self.me(id).rights.contains(right_for(op.virq)) && !is_per_vcpu(op.virq) {
-            self.global_virqs[index].get_or_insert(id);
+        let port = Port { vcpu: v.index, ..Port::new(STATUS_VIRQ, DomainId(0), op.virq) };
+        op.port = self.new_port(p, id, port)?;
+        let number = u16::try_from(op.port.0).unwrap_or(0);
+        if is_per_vcpu(op.virq) {
+            self.vcpu_mut(v).virqs[index] = number;
+        } else {
+            self.me_mut(id).ports.virqs[index] = number;
+            if self.me(id).rights.contains(right_for(op.virq)) {
+                self.global_virqs[index].get_or_insert(id);
+            }
         }
         if op.virq == event::VIRQ_CONSOLE && self.global_virqs[index] == Some(id) {
             p.serial_interrupt(true);
@@ -212,10 +230,9 @@ impl<P: Platform> Core<P> {
 
     fn bind_ipi(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let mut op: BindIpi = self.get(p, id, gpa)?;
-        if op.vcpu != 0 {
-            return Err(Errno::ENOENT.into());
-        }
-        op.port = self.new_port(p, id, Port::new(STATUS_IPI, DomainId(0), 0))?;
+        let v = self.vcpu_named(id, op.vcpu)?;
+        let port = Port { vcpu: v.index, ..Port::new(STATUS_IPI, DomainId(0), 0) };
+        op.port = self.new_port(p, id, port)?;
         if let Err(errno) = self.put(p, id, gpa, &op) {
             self.close(p, id, op.port);
             return Err(errno.into());
@@ -223,18 +240,24 @@ impl<P: Platform> Core<P> {
         Ok(0)
     }
 
-    /// With one vCPU there is nowhere else to go; the checks are Xen's.
     fn bind_vcpu(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let op: BindVcpu = self.get(p, id, gpa)?;
-        if op.vcpu != 0 {
-            return Err(Errno::ENOENT.into());
-        }
+        let v = self.vcpu_named(id, op.vcpu)?;
         let port = self.port(p, id, op.port);
         match port.status {
-            STATUS_UNBOUND | STATUS_INTERDOMAIN | STATUS_PIRQ => Ok(0),
-            STATUS_VIRQ if !is_per_vcpu(port.detail) => Ok(0),
-            _ => Err(Errno::EINVAL.into()),
+            STATUS_UNBOUND | STATUS_INTERDOMAIN | STATUS_PIRQ => {}
+            STATUS_VIRQ if !is_per_vcpu(port.detail) => {}
+            _ => return Err(Errno::EINVAL.into()),
         }
+        self.set_port(p, id, op.port, Port { vcpu: v.index, ..port });
+        Ok(0)
+    }
+
+    /// A vCPU of the caller, by a number that may be any.
+    pub(crate) fn vcpu_named(&self, id: DomainId, vcpu: u32) -> Result<VcpuId, Errno> {
+        let index = u8::try_from(vcpu).map_err(|_| Errno::ENOENT)?;
+        let exists = usize::from(index) < self.me(id).vcpus.len();
+        exists.then_some(VcpuId { domain: id, index }).ok_or(Errno::ENOENT)
     }
 
     fn send(&mut self, p: &mut P, id: DomainId, port: EventPort) -> Answer {
@@ -270,7 +293,7 @@ impl<P: Platform> Core<P> {
         }
         let port = self.port(p, owner, op.port);
         op.status = port.status;
-        op.vcpu = 0;
+        op.vcpu = port.vcpu.into();
         op.remote_port = EventPort(0);
         op.detail = match port.status {
             STATUS_UNBOUND => port.remote.0.into(),
@@ -328,7 +351,13 @@ impl<P: Platform> Core<P> {
             STATUS_CLOSED => return,
             STATUS_INTERDOMAIN => {
                 let peer = EventPort(entry.detail);
-                self.set_port(p, entry.remote, peer, Port::new(STATUS_UNBOUND, id, 0));
+                let vcpu = self.port(p, entry.remote, peer).vcpu;
+                let unbound = Port { vcpu, ..Port::new(STATUS_UNBOUND, id, 0) };
+                self.set_port(p, entry.remote, peer, unbound);
+            }
+            STATUS_VIRQ if is_per_vcpu(entry.detail) => {
+                let v = VcpuId { domain: id, index: entry.vcpu };
+                self.vcpu_mut(v).virqs[entry.detail as usize] = 0;
             }
             STATUS_VIRQ => self.unbind_virq(p, id, entry.detail),
             STATUS_PIRQ => self.pci.unbind(p, id, port),
@@ -352,18 +381,26 @@ impl<P: Platform> Core<P> {
         }
     }
 
-    /// Raises a virtual interrupt of a domain, if it is bound.
-    pub(crate) fn raise_virq(&mut self, p: &mut P, id: DomainId, virq: u32) {
-        let port = self.me(id).ports.virqs[virq as usize];
+    /// Raises a virtual interrupt that a vCPU has its own of, if it is bound.
+    pub(crate) fn raise_own_virq(&mut self, p: &mut P, v: VcpuId, virq: u32) {
+        let port = self.virq_port(v, virq);
         if port != 0 {
-            self.raise(p, id, EventPort(port.into()));
+            self.raise(p, v.domain, EventPort(port.into()));
+        }
+    }
+
+    fn virq_port(&self, v: VcpuId, virq: u32) -> u16 {
+        if is_per_vcpu(virq) {
+            self.vcpu(v).virqs[virq as usize]
+        } else {
+            self.me(v.domain).ports.virqs[virq as usize]
         }
     }
 
     /// Raises a global virtual interrupt at the domain that has the right to it and bound it.
     pub(crate) fn raise_global(&mut self, p: &mut P, virq: u32) {
         if let Some(id) = self.global_virqs[virq as usize] {
-            self.raise_virq(p, id, virq);
+            self.raise_own_virq(p, VcpuId::first(id), virq);
         }
     }
 
@@ -378,21 +415,33 @@ impl<P: Platform> Core<P> {
         if p.load64(shared, EVTCHN_MASK + word) & bit == 0 {
             self.select(p, id, port);
         }
-        if matches!(self.me(id).vcpu.wait, Wait::Port(polled) if polled == 0 || polled == port.0) {
-            self.wake(p, id);
+        for v in self.vcpus_of(id) {
+            let wait = self.vcpu(v).wait;
+            if matches!(wait, Wait::Port(polled) if polled == 0 || polled == port.0) {
+                self.wake(p, v);
+            }
         }
     }
 
-    /// Tells the vCPU to look at the word of a port that is pending and not masked.
+    /// Tells the port's vCPU to look at the word of a port that is pending and not masked.
     fn select(&mut self, p: &mut P, id: DomainId, port: EventPort) {
-        let shared = self.me(id).shared;
+        let index = match self.me(id).vcpus.len() {
+            1 => 0,
+            _ => self.port(p, id, port).vcpu,
+        };
+        let v = VcpuId { domain: id, index };
+        let (info, at) = self.vcpu(v).info;
         let bit = 1 << (port.0 / 64);
-        if p.or64(shared, VCPU_PENDING_SEL, bit) & bit == 0 {
-            p.store8(shared, VCPU_UPCALL_PENDING, 1);
-            if self.me(id).vcpu.wait != Wait::Nothing {
-                self.wake(p, id);
-            }
+        if p.or64(info, at + VCPU_PENDING_SEL, bit) & bit == 0 {
+            p.store8(info, at + VCPU_UPCALL_PENDING, 1);
+            self.notify(p, v);
         }
+    }
+
+    /// Whether a vCPU would be told of an event now.
+    pub(crate) fn has_upcall(&self, p: &P, v: VcpuId) -> bool {
+        let (info, at) = self.vcpu(v).info;
+        p.load8(info, at + VCPU_UPCALL_PENDING) != 0
     }
 
     /// The caller itself, or a domain that it created.

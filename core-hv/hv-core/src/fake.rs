@@ -25,14 +25,14 @@
 
 use crate::boot::{Boot, EcamRange, StartError};
 use crate::cpu::CpuLoop;
-use crate::domain::Wait;
 use crate::frame::{FrameInfo, Mfn};
 use crate::p2m::{Kind, Page};
 use crate::platform::{
-    Bdf, Clock, CpuId, DEVICE_VECTORS, Exit, HYPERCALL_BYTES, MsiMessage, Platform, Registers,
-    Space,
+    Bdf, Clock, CpuId, DEVICE_VECTORS, Event, Exit, GUEST_FRAMES, GuestExit, GuestMsr,
+    HYPERCALL_BYTES, Mode, MsiMessage, NoGuests, Platform, Readiness, Registers, Space, Start,
 };
 use crate::state::Core;
+use crate::vcpu::{VcpuId, Wait};
 use axolotl_abi::CONTROL_OP;
 use axolotl_abi::control::{
     self, CLASS_GUEST, Create, DomainInfo, DomainOp, GetDeath, KIND_UNIKERNEL, Populate, SetStart,
@@ -84,10 +84,29 @@ pub struct FakeVcpu {
     pub registers: Registers,
     /// Its frame, which names it.
     pub frame: Mfn,
+    /// What only a hardware-virtualized one has.
+    pub guest: FakeGuest,
+}
+
+/// The part of a hardware-virtualized vCPU that the core sets and reads.
+#[derive(Clone, Default, Debug)]
+pub struct FakeGuest {
+    /// How it runs.
+    pub mode: Mode,
+    /// EFER and PAT.
+    pub msrs: [u64; 2],
+    /// How it was started last.
+    pub started: Option<Start>,
+    /// What it was told, and has not taken yet.
+    pub told: Option<Event>,
+    /// It asked to be left as soon as it can take an interrupt.
+    pub window: bool,
 }
 
 /// What a vCPU does while it runs.
 pub type Program = Box<dyn FnMut(&mut Fake, &mut Registers, Space) -> Exit>;
+/// What a hardware-virtualized vCPU does while it runs. Without one it halts.
+pub type GuestProgram = Box<dyn FnMut(&mut Fake, &mut FakeVcpu, Space) -> Exit>;
 
 /// A PCI function, as far as the core looks at it.
 pub struct FakeFunction {
@@ -241,12 +260,18 @@ pub struct Machine {
     pub registers: BTreeMap<u64, u32>,
     /// Programs of vCPUs, by their frame.
     pub programs: BTreeMap<Mfn, Program>,
+    /// The same of hardware-virtualized vCPUs, by their first frame.
+    pub guest_programs: BTreeMap<Mfn, GuestProgram>,
     /// Interrupts that end waits, for each processor, before [`Exit::Interrupted`].
     pub interrupts: Vec<VecDeque<Exit>>,
     /// How often each processor waited.
     pub waits: Vec<u64>,
     /// vCPUs that exist.
     pub vcpus: usize,
+    /// Whether there can be hardware-virtualized vCPUs.
+    pub guests: Result<(), NoGuests>,
+    /// What hardware-virtualized vCPUs were told, in order.
+    pub told: Vec<(Mfn, Event)>,
     /// How many compare-and-swaps from now on find that a peer was faster.
     pub lost_races: u32,
     /// Compare-and-swaps so far.
@@ -279,9 +304,12 @@ impl Fake {
             functions: Vec::new(),
             registers: BTreeMap::new(),
             programs: BTreeMap::new(),
+            guest_programs: BTreeMap::new(),
             interrupts: vec![VecDeque::new(); cpus],
             waits: vec![0; cpus],
             vcpus: 0,
+            guests: Ok(()),
+            told: Vec::new(),
             lost_races: 0,
             swaps: 0,
             shared_of: BTreeMap::new(),
@@ -458,13 +486,94 @@ impl Platform for Fake {
 
     fn new_vcpu(&mut self, frame: Mfn) -> FakeVcpu {
         self.machine().vcpus += 1;
-        FakeVcpu { registers: Registers::default(), frame }
+        FakeVcpu { registers: Registers::default(), frame, guest: FakeGuest::default() }
+    }
+
+    fn virtualization(&self) -> Result<(), NoGuests> {
+        self.machine.borrow().guests
+    }
+
+    fn new_guest(&mut self, frames: [Mfn; GUEST_FRAMES]) -> FakeVcpu {
+        self.new_vcpu(frames[0])
+    }
+
+    fn start_guest(vcpu: &mut FakeVcpu, start: Start) {
+        let bits = if matches!(start, Start::Pvh { .. }) { 32 } else { 16 };
+        vcpu.registers = Registers { rflags: 2, ..Registers::default() };
+        vcpu.guest = FakeGuest { started: Some(start), ..FakeGuest::default() };
+        vcpu.guest.mode.code_bits = bits;
+        match start {
+            Start::Reset => {}
+            Start::Pvh { entry, start_info } => {
+                vcpu.registers.rip = entry.into();
+                vcpu.registers.rbx = start_info.into();
+            }
+            Start::Page(page) => vcpu.guest.mode.cs_base = u64::from(page) << 12,
+        }
+    }
+
+    fn mode(vcpu: &FakeVcpu) -> Mode {
+        vcpu.guest.mode
+    }
+
+    fn guest_msr(vcpu: &FakeVcpu, register: GuestMsr) -> u64 {
+        vcpu.guest.msrs[register as usize]
+    }
+
+    fn set_guest_msr(vcpu: &mut FakeVcpu, register: GuestMsr, value: u64) {
+        vcpu.guest.msrs[register as usize] = value;
+    }
+
+    fn readiness(vcpu: &FakeVcpu) -> Readiness {
+        let free = vcpu.guest.told.is_none();
+        Readiness { interrupt: free && vcpu.registers.rflags & 0x200 != 0, nmi: free }
+    }
+
+    fn inject(vcpu: &mut FakeVcpu, event: Event) {
+        assert_eq!(vcpu.guest.told, None, "one thing at a time");
+        vcpu.guest.told = Some(event);
+    }
+
+    fn next_rip(_: &FakeVcpu) -> Option<u64> {
+        None
+    }
+
+    fn skip_to(vcpu: &mut FakeVcpu, rip: u64) {
+        vcpu.registers.rip = rip;
+    }
+
+    fn run_guest(&mut self, vcpu: &mut FakeVcpu, space: Space, window: bool) -> Exit {
+        vcpu.guest.window = window;
+        let mut machine = self.machine();
+        if let Some(event) = vcpu.guest.told.take() {
+            machine.told.push((vcpu.frame, event));
+        }
+        drop(machine);
+        if self.take_timer() {
+            return Exit::Interrupted;
+        }
+        let program = self.machine().guest_programs.remove(&vcpu.frame);
+        let Some(mut program) = program else { return Exit::Guest(GuestExit::Halt) };
+        let exit = program(self, vcpu, space);
+        self.machine().guest_programs.entry(vcpu.frame).or_insert(program);
+        exit
+    }
+
+    fn leave_guest(&mut self, _: &mut FakeVcpu) {}
+
+    fn cpuid(&self, leaf: u32, _: u32) -> [u32; 4] {
+        match leaf {
+            0 | 0x8000_0000 => [leaf + 0x1f, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
+            0x8000_0008 => [0x3028, 0, 0, 0],
+            _ => [u32::MAX; 4],
+        }
     }
 
     fn drop_vcpu(&mut self, vcpu: FakeVcpu) {
         let mut machine = self.machine();
         machine.vcpus -= 1;
         machine.programs.remove(&vcpu.frame);
+        machine.guest_programs.remove(&vcpu.frame);
         machine.shared_of.remove(&vcpu.frame);
     }
 
@@ -648,6 +757,13 @@ fn frame_table(count: usize) -> &'static mut [FrameInfo] {
     frames.leak()
 }
 
+/// A core, made on a stack that holds it: without optimization it is moved about there.
+fn empty_core() -> Box<spin::Mutex<Core<Fake>>> {
+    let builder = std::thread::Builder::new().stack_size(8 << 20);
+    let maker = builder.spawn(|| Box::new(spin::Mutex::new(Core::empty())));
+    maker.expect("a thread").join().expect("nothing in it fails")
+}
+
 /// What a [`System`] is made of.
 pub struct Config {
     /// Frames of memory.
@@ -756,7 +872,7 @@ impl View {
     /// # Panics
     /// There is no such domain.
     pub fn program(&self, id: DomainId, program: Program) {
-        let frame = self.core.lock().domain(id).expect("it exists").vcpu.frame;
+        let frame = self.core.lock().domain(id).expect("it exists").vcpu().frame;
         self.p.machine().programs.insert(frame, program);
     }
 
@@ -794,8 +910,8 @@ impl System {
             p.write(Mfn(frame), 0, page);
         }
         let end = u64::try_from(config.frames).expect("frames") * 4096;
-        let mut core = Core::empty();
-        core.init(
+        let core: Rc<spin::Mutex<Core<Fake>>> = Rc::from(empty_core());
+        core.lock().init(
             &mut p,
             Boot {
                 frames: frame_table(config.frames),
@@ -808,11 +924,11 @@ impl System {
                 reserved: core::slice::from_ref(&(0..end)),
             },
         );
-        let started = core.start_control(&mut p);
+        let started = core.lock().start_control(&mut p);
         let loops = (0..config.cpus)
             .map(|cpu| (p.processor(u8::try_from(cpu).expect("few")), CpuLoop::new()))
             .collect();
-        let mut system = Self { p, core: Rc::new(spin::Mutex::new(core)), loops };
+        let mut system = Self { p, core, loops };
         if started.is_ok() {
             system.prepare(D0);
         }
@@ -841,7 +957,7 @@ impl System {
             return;
         }
         for domain in core.domains.iter().flatten() {
-            machine.shared_of.insert(domain.vcpu.frame, domain.shared);
+            machine.shared_of.insert(domain.vcpu().frame, domain.shared);
         }
     }
 
@@ -861,7 +977,7 @@ impl System {
         id: DomainId,
         program: impl FnMut(&mut Fake, &mut Registers, Space) -> Exit + 'static,
     ) {
-        let frame = self.core.lock().domain(id).expect("it exists").vcpu.frame;
+        let frame = self.core.lock().domain(id).expect("it exists").vcpu().frame;
         self.p.machine().programs.insert(frame, Box::new(program));
     }
 
@@ -885,9 +1001,9 @@ impl System {
             let mut core = self.core.lock();
             let domain = core.domain(id).expect("it exists");
             assert!(domain.stage == crate::domain::Stage::Live, "only live domains act");
-            let frame = domain.vcpu.frame;
-            if domain.vcpu.wait != Wait::Nothing {
-                core.wake(&mut self.p, id);
+            let frame = domain.vcpu().frame;
+            if domain.vcpu().wait != Wait::Nothing {
+                core.wake(&mut self.p, VcpuId::first(id));
             }
             frame
         };
@@ -921,7 +1037,7 @@ impl System {
     pub fn call(&mut self, id: DomainId, number: u64, args: [u64; 5]) -> i64 {
         for _ in 0..STEPS_MAX {
             self.act(id, move |registers| issue(registers, number, args));
-            let progress = self.core.lock().domain(id).map_or(0, |domain| domain.vcpu.progress);
+            let progress = self.core.lock().domain(id).map_or(0, |domain| domain.vcpu().progress);
             if progress == 0 || !self.is_live(id) {
                 return self.registers(id).map_or(0, |registers| registers.rax.cast_signed());
             }
@@ -932,7 +1048,7 @@ impl System {
     /// Registers of a domain, wherever they are.
     #[must_use]
     pub fn registers(&self, id: DomainId) -> Option<Registers> {
-        let state = self.core.lock().domain(id)?.vcpu.state.as_ref().map(|vcpu| vcpu.registers);
+        let state = self.core.lock().domain(id)?.vcpu().state.as_ref().map(|vcpu| vcpu.registers);
         state.or_else(|| self.loops.iter().find_map(|(_, cpu)| cpu.running_registers(id)).copied())
     }
 
@@ -1194,7 +1310,7 @@ impl System {
     /// # Panics
     /// There is no such domain.
     pub fn wake(&mut self, id: DomainId) {
-        self.core.lock().wake(&mut self.p, id);
+        self.core.lock().wake(&mut self.p, VcpuId::first(id));
     }
 
     /// Whether a port of a domain is pending.

@@ -16,7 +16,6 @@
 //! are emptied; a peer that unmaps afterwards gives back the pin on the frame, and the
 //! granter's life tells that there is no entry any more.
 
-use crate::access;
 use crate::domain::Domain;
 use crate::fault::{Answer, Fault};
 use crate::frame::Mfn;
@@ -176,13 +175,13 @@ impl<P: Platform> Core<P> {
         one: fn(&mut Self, &mut P, DomainId, u64) -> Result<(), Errno>,
     ) -> Answer {
         let count = u32::try_from(count).map_err(|_| Errno::EINVAL)?;
-        let first = self.me(id).vcpu.progress.min(count);
+        let first = self.me(id).vcpu().progress.min(count);
         let last = count.min(first.saturating_add(BATCH));
         for index in first..last {
             one(self, p, id, array.wrapping_add(u64::from(index) * bytes))?;
         }
         if last < count {
-            self.me_mut(id).vcpu.progress = last;
+            self.me_mut(id).vcpu_mut().progress = last;
             return Err(Fault::Again);
         }
         Ok(0)
@@ -329,12 +328,8 @@ impl<P: Platform> Core<P> {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => status,
         };
-        access::write(
-            p,
-            &self.me(id).p2m,
-            gpa.wrapping_add(offset_of!(GrantCopy, status) as u64),
-            op.status.as_bytes(),
-        )
+        let status = gpa.wrapping_add(offset_of!(GrantCopy, status) as u64);
+        self.write_caller(p, id, status, op.status.as_bytes())
     }
 
     fn copy_grant(&mut self, p: &mut P, id: DomainId, op: &GrantCopy) -> Result<(), GrantStatus> {

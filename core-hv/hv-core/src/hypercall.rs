@@ -16,6 +16,8 @@ use xen_abi::memory::{
 };
 use xen_abi::{DomainId, Errno, Gfn, PAGE_SIZE};
 
+/// What domains there can be, for who asks.
+const CAPABILITIES: &[u8] = b"hvm-3.0-x86_64 ";
 /// Bits of a `memory_op` command that name the command.
 const MEMORY_COMMAND: u64 = 0x3f;
 
@@ -48,15 +50,25 @@ impl<P: Platform> Core<P> {
         }
     }
 
-    fn version_op(&mut self, p: &mut P, id: DomainId, [command, gpa, ..]: [u64; 5]) -> Answer {
+    pub(crate) fn version_op(
+        &mut self,
+        p: &mut P,
+        id: DomainId,
+        [command, gpa, ..]: [u64; 5],
+    ) -> Answer {
         match command {
             version::VERSION => Ok(version::ANSWER),
-            version::EXTRAVERSION => {
-                let mut text = [0_u8; 16];
-                text[..8].copy_from_slice(b".axolotl");
-                self.put(p, id, gpa, &text)?;
-                Ok(0)
+            version::EXTRAVERSION => self.put_text::<16>(p, id, gpa, &[(0, b".axolotl")]),
+            version::COMPILE_INFO => {
+                let parts: [(usize, &[u8]); 2] = [(0, b"rustc"), (64, b"axolotl")];
+                self.put_text::<144>(p, id, gpa, &parts)
             }
+            version::CAPABILITIES => self.put_text::<1024>(p, id, gpa, &[(0, CAPABILITIES)]),
+            version::CHANGESET => self.put_text::<64>(p, id, gpa, &[]),
+            version::PLATFORM_PARAMETERS => self.put_text::<8>(p, id, gpa, &[]),
+            version::COMMANDLINE => self.put_text::<1024>(p, id, gpa, &[]),
+            // The number at the end of what the toolstack calls its UUID.
+            version::GUEST_HANDLE => self.put_text::<16>(p, id, gpa, &[(14, &id.0.to_be_bytes())]),
             version::GET_FEATURES => {
                 let mut info: FeatureInfo = self.get(p, id, gpa)?;
                 if info.submap_idx != 0 {
@@ -72,9 +84,30 @@ impl<P: Platform> Core<P> {
         }
     }
 
+    /// Fills `N` bytes with parts, each at its offset, and zeros.
+    fn put_text<const N: usize>(
+        &self,
+        p: &mut P,
+        id: DomainId,
+        gpa: u64,
+        parts: &[(usize, &[u8])],
+    ) -> Answer {
+        let mut text = [0_u8; N];
+        for (at, part) in parts {
+            text[*at..at + part.len()].copy_from_slice(part);
+        }
+        self.put(p, id, gpa, &text)?;
+        Ok(0)
+    }
+
     /// `memory_op`. A unikernel's memory is its builder's choice: it cannot give any back, or
     /// get more, since its next incarnation needs just that.
-    fn memory_op(&mut self, p: &mut P, id: DomainId, [command, gpa, ..]: [u64; 5]) -> Answer {
+    pub(crate) fn memory_op(
+        &mut self,
+        p: &mut P,
+        id: DomainId,
+        [command, gpa, ..]: [u64; 5],
+    ) -> Answer {
         match command & MEMORY_COMMAND {
             memory::ADD_TO_PHYSMAP => {
                 let op: AddToPhysmap = self.get(p, id, gpa)?;
@@ -112,23 +145,19 @@ impl<P: Platform> Core<P> {
     }
 
     /// Shows a domain one of the pages that it shares with the core.
-    fn add_to_physmap(&mut self, p: &mut P, id: DomainId, op: &AddToPhysmap) -> Answer {
+    pub(crate) fn add_to_physmap(&mut self, p: &mut P, id: DomainId, op: &AddToPhysmap) -> Answer {
         let gfn = Gfn(op.gpfn);
         // Memory stays: what a page held must not vanish under its builder's plan.
         if self.me(id).p2m.page(p, gfn).is_some_and(|page| page.kind != Kind::Special) {
             return Err(Errno::EINVAL.into());
         }
-        let (mfn, index) = match op.space {
-            SPACE_SHARED_INFO if op.idx == 0 => (self.me(id).shared, None),
-            SPACE_GRANT_TABLE => {
-                let index = u32::try_from(op.idx).ok().filter(|&index| index < MAX_FRAMES);
-                let index = index.ok_or(Errno::EINVAL)?;
+        let (mfn, index) = match Self::check_place(op)? {
+            None => (self.me(id).shared, None),
+            Some(index) => {
                 self.grow_grants(p, id, index + 1)?;
                 let frame = self.me(id).grants.shared.frame(index as usize);
                 (frame.ok_or(Errno::EINVAL)?, Some(index as usize))
             }
-            SPACE_SHARED_INFO => return Err(Errno::EINVAL.into()),
-            _ => return Err(Errno::ENOSYS.into()),
         };
         self.forget_special(p, id, gfn);
         let (domain, frames) = self.with_frames(id);
@@ -143,6 +172,19 @@ impl<P: Platform> Core<P> {
         domain.p2m.insert(p, frames, &mut domain.account, gfn, page)?;
         *place = Some(gfn);
         Ok(0)
+    }
+
+    /// Which page is meant: that of the grant table with this number, or the shared-info page.
+    pub(crate) fn check_place(op: &AddToPhysmap) -> Result<Option<u32>, Errno> {
+        match op.space {
+            SPACE_SHARED_INFO if op.idx == 0 => Ok(None),
+            SPACE_GRANT_TABLE => {
+                let index = u32::try_from(op.idx).ok().filter(|&index| index < MAX_FRAMES);
+                index.map(Some).ok_or(Errno::EINVAL)
+            }
+            SPACE_SHARED_INFO => Err(Errno::EINVAL),
+            _ => Err(Errno::ENOSYS),
+        }
     }
 
     fn remove_from_physmap(&mut self, p: &mut P, id: DomainId, gfn: Gfn) -> Answer {

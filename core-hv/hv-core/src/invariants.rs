@@ -38,10 +38,12 @@ pub fn check<P: Platform>(p: &P, core: &Core<P>) {
             let used = uses.entry((map.granter.0, map.life, map.gref)).or_default();
             *used = (used.0 + 1, used.1 + u32::from(map.write), map.mfn.0);
         }
-        let scheduled = domain.vcpu.queued || domain.vcpu.on_cpu.is_some();
-        assert!(!domain.is_runnable() || scheduled, "who can run is queued or runs");
+        for (index, vcpu) in (0..).zip(&domain.vcpus) {
+            let scheduled = vcpu.queued || vcpu.on_cpu.is_some();
+            assert!(!domain.is_runnable(index) || scheduled, "who can run is queued or runs");
+        }
         if domain.stage != Stage::Live {
-            assert_eq!(domain.vcpu.deadline(), u64::MAX, "only the living have deadlines");
+            assert_eq!(domain.deadline(), u64::MAX, "only the living have deadlines");
         }
     }
     check_active(p, core, &uses);
@@ -59,7 +61,13 @@ pub fn check_counts<P: Platform>(core: &Core<P>) {
         assert!(domain.account.pages <= domain.account.max, "no account is overdrawn");
     }
     let mapped = core.domains.iter().flatten().map(|domain| u64::from(domain.grants.mapped));
-    assert_eq!(core.frames().total_pins(), mapped.sum::<u64>(), "every pin is a mapping's");
+    let infos = core
+        .domains
+        .iter()
+        .flatten()
+        .flat_map(|domain| domain.vcpus.iter().filter(|vcpu| vcpu.info.0 != domain.shared));
+    let expected = mapped.sum::<u64>() + u64::try_from(infos.count()).expect("few");
+    assert_eq!(core.frames().total_pins(), expected, "every pin is a mapping's or vcpu_info's");
 }
 
 /// Each page of a domain is its own alone, one of the core's for it, or a grant that is mapped.
@@ -83,7 +91,8 @@ fn check_pages<P: Platform>(
             Walk::Page(at, page) => (at, page),
         };
         gfn = Gfn(at.0 + 1);
-        assert!(!(page.write && page.execute), "{id} {at:?}: writable or executable");
+        let lax = domain.pvh.is_some();
+        assert!(lax || !(page.write && page.execute), "{id} {at:?}: writable or executable");
         match page.kind {
             Kind::Ram => {
                 assert!(core.frames().is_owned_by(page.mfn, id), "{id} {at:?}: its own memory");
@@ -131,7 +140,8 @@ fn check_ports<P: Platform>(p: &P, core: &Core<P>, domain: &Domain<P>) {
         used += 1;
         if port.status == STATUS_INTERDOMAIN {
             let peer = core.port(p, port.remote, EventPort(port.detail));
-            let expected = Port { status: STATUS_INTERDOMAIN, remote: domain.id, detail: number };
+            let expected =
+                Port { vcpu: peer.vcpu, ..Port::new(STATUS_INTERDOMAIN, domain.id, number) };
             assert_eq!(peer, expected, "{} {number}: its peer names it", domain.id);
         }
     }

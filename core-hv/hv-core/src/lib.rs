@@ -12,6 +12,8 @@
 //! | [`access`] | how the core reads and writes memory of domains |
 //! | [`domain`], `control` | what a domain is; its life |
 //! | `sched`, [`cpu`] | who runs where, and what happens at a set time |
+//! | [`vcpu`] | what a vCPU is |
+//! | [`pvh`] | what a domain with a kernel of its own finds in place of a machine |
 //! | [`event`], `grant` | event channels and grants, as Xen has them |
 //! | [`pci`], `device` | whose a PCI function is, and its interrupts |
 //! | `console` | the last words of each domain |
@@ -39,8 +41,10 @@ mod invariants;
 pub mod p2m;
 pub mod pci;
 pub mod platform;
+pub mod pvh;
 mod sched;
 mod state;
+pub mod vcpu;
 
 pub use boot::{Boot, EcamRange, StartError};
 pub use cpu::{CpuLoop, cpu_loop};

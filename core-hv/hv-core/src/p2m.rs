@@ -1,6 +1,6 @@
 //! A domain's address space: a four-level x86 page table from guest frames to machine frames.
 //!
-//! A unikernel domain runs on this table, a hardware-virtualized one will run under it. Entries
+//! A unikernel domain runs on this table, a hardware-virtualized one under it. Entries
 //! are the processor's, with what the core must remember in the bits that it leaves to software:
 //!
 //! | bits   | meaning                                                             |
@@ -136,10 +136,13 @@ pub enum Walk {
 pub struct P2m {
     root: Mfn,
     generation: u64,
+    /// A kernel of its own decides what is executable: pages may be writable too.
+    lax: bool,
 }
 
 impl P2m {
-    /// An empty address space.
+    /// An empty address space. `lax`: pages may be writable and executable at once, as the machine's
+    /// own memory is for a kernel.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -147,10 +150,11 @@ impl P2m {
         p: &mut P,
         frames: &mut FrameTable,
         account: &mut Account,
+        lax: bool,
     ) -> Result<Self, Errno> {
         let root = frames.allocate(p, account)?;
         p.share_core(root);
-        Ok(Self { root, generation: frames.next_generation() })
+        Ok(Self { root, generation: frames.next_generation(), lax })
     }
 
     /// What a processor loads to run in it.
@@ -183,7 +187,7 @@ impl P2m {
     /// Puts a page where there is none.
     ///
     /// # Errors
-    /// `EINVAL`: beyond the address space, or writable and executable at once. `EEXIST`: there
+    /// `EINVAL`: beyond the address space, or writable and executable unlawfully. `EEXIST`: there
     /// is a page. `ENOMEM`: no frame for a table.
     pub fn insert<P: Platform>(
         &mut self,
@@ -193,7 +197,7 @@ impl P2m {
         gfn: Gfn,
         page: Page,
     ) -> Result<(), Errno> {
-        if gfn.0 >= GFN_LIMIT || page.write && page.execute {
+        if gfn.0 >= GFN_LIMIT || page.write && page.execute && !self.lax {
             return Err(Errno::EINVAL);
         }
         let mut table = self.root;

@@ -56,7 +56,162 @@ pub enum Exit {
     },
     /// The interrupt of the second serial port arrived.
     Serial,
+    /// A hardware-virtualized vCPU needs us.
+    Guest(GuestExit),
 }
+
+/// Why a hardware-virtualized vCPU stopped. `rip` is at the instruction, unless said otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuestExit {
+    /// CPUID.
+    Cpuid,
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
+    /// HLT.
+    Halt,
+    /// VMMCALL or VMCALL, which are 3 bytes long.
+    Hypercall,
+    /// IN, OUT, INS or OUTS.
+    Port(PortAccess),
+    /// An access to guest-physical memory that the address space does not allow.
+    Memory {
+        /// Where.
+        gpa: u64,
+        /// It was a write.
+        write: bool,
+        /// It was for an instruction, or for an entry of the guest's own page tables.
+        implicit: bool,
+    },
+    /// Triple fault.
+    Shutdown,
+    /// XSETBV.
+    SetXcr,
+    /// An instruction that does nothing here, with an opcode of two bytes: WBINVD, INVD.
+    Nothing,
+    /// An instruction that this processor does not have as far as the guest knows.
+    Undefined,
+    /// It can take an interrupt now.
+    Window,
+    /// An NMI handler ends: `rip` is at its IRET, which the guest executes next.
+    NmiDone,
+    /// The processor refused to run it, or says what no guest can cause.
+    Failed {
+        /// The processor's code.
+        code: u64,
+    },
+}
+
+/// An access to I/O ports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortAccess {
+    /// First port.
+    pub port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub bytes: u8,
+    /// OUT or OUTS.
+    pub write: bool,
+    /// INS or OUTS.
+    pub string: bool,
+    /// With REP.
+    pub repeat: bool,
+    /// Bytes of an address: 2, 4 or 8.
+    pub address_bytes: u8,
+    /// Behind the instruction.
+    pub next_rip: u64,
+}
+
+/// What a hardware-virtualized vCPU is told at its next instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// An interrupt.
+    Interrupt(u8),
+    /// A non-maskable interrupt.
+    Nmi,
+    /// An exception, with its error code if it has one.
+    Exception(u8, Option<u32>),
+}
+
+/// Whether a hardware-virtualized vCPU can be told of something at its next instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Readiness {
+    /// Interrupts.
+    pub interrupt: bool,
+    /// Non-maskable interrupts.
+    pub nmi: bool,
+}
+
+/// How a hardware-virtualized vCPU runs, as far as it decides what its registers mean.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[expect(missing_docs, reason = "the names are the processor's")]
+pub struct Mode {
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub cs_base: u64,
+    pub ds_base: u64,
+    pub es_base: u64,
+    /// Bits of an address and an operand by default: 16, 32 or 64.
+    pub code_bits: u8,
+    /// Privilege level.
+    pub cpl: u8,
+}
+
+/// Where a hardware-virtualized vCPU begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Start {
+    /// As after INIT; it is not run before it is told another start.
+    Reset,
+    /// In 32-bit protected mode without paging (`xen-abi.md` §1.2).
+    Pvh {
+        /// First instruction.
+        entry: u32,
+        /// What EBX has: where the start info is.
+        start_info: u32,
+    },
+    /// In real mode, at the start of this page: what a start-up interrupt says.
+    Page(u8),
+}
+
+/// Registers of a hardware-virtualized vCPU that it reaches by MSR instructions that exit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuestMsr {
+    /// Extended features. What the machine layer itself needs in it is neither seen nor changed.
+    Efer,
+    /// Page attribute table.
+    Pat,
+}
+
+/// Why the machine cannot run hardware-virtualized domains.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NoGuests {
+    /// The processor has no virtualization that we know.
+    Absent,
+    /// The firmware has turned it off.
+    Disabled,
+    /// There are no nested page tables.
+    NoNestedPaging,
+    /// There are more processors than it works on.
+    Partial,
+}
+
+impl NoGuests {
+    /// In words.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Absent => "the processor has no SVM",
+            Self::Disabled => "the firmware has turned SVM off",
+            Self::NoNestedPaging => "the processor's SVM has no nested paging",
+            Self::Partial => "not all processors have SVM",
+        }
+    }
+}
+
+/// Frames that a hardware-virtualized vCPU needs.
+pub const GUEST_FRAMES: usize = 2;
 
 /// Length of the hypercall instruction; a continuation sets `rip` back by it.
 pub const HYPERCALL_BYTES: u64 = 2;
@@ -160,6 +315,39 @@ pub trait Platform {
     /// Waits with interrupts on until one arrives, in the core's own address space. The caller
     /// holds no lock.
     fn wait(&mut self) -> Exit;
+    // Hardware-virtualized vCPUs. Their general registers are those of `Platform::registers`.
+
+    /// Whether there can be any.
+    ///
+    /// # Errors
+    /// Why not.
+    fn virtualization(&self) -> Result<(), NoGuests>;
+    /// Makes the state of one in frames of its own, as [`Self::new_vcpu`], in [`Start::Reset`].
+    fn new_guest(&mut self, frames: [Mfn; GUEST_FRAMES]) -> Self::Vcpu;
+    /// Sets all its registers.
+    fn start_guest(vcpu: &mut Self::Vcpu, start: Start);
+    /// How it runs.
+    fn mode(vcpu: &Self::Vcpu) -> Mode;
+    /// Reads a register.
+    fn guest_msr(vcpu: &Self::Vcpu, register: GuestMsr) -> u64;
+    /// Writes a register; the caller has checked the value.
+    fn set_guest_msr(vcpu: &mut Self::Vcpu, register: GuestMsr, value: u64);
+    /// What it can be told now.
+    fn readiness(vcpu: &Self::Vcpu) -> Readiness;
+    /// Tells it something at its next instruction, for which it is ready.
+    fn inject(vcpu: &mut Self::Vcpu, event: Event);
+    /// Behind the instruction that made it stop, where the processor says so.
+    fn next_rip(vcpu: &Self::Vcpu) -> Option<u64>;
+    /// Lets it go on at `rip`, behind an instruction that was carried out for it.
+    fn skip_to(vcpu: &mut Self::Vcpu, rip: u64);
+    /// Runs it on this processor until it needs us. `window`: it shall stop as soon as it can take
+    /// an interrupt. The caller holds no lock.
+    fn run_guest(&mut self, vcpu: &mut Self::Vcpu, space: Space, window: bool) -> Exit;
+    /// Takes what it left in this processor's registers off them: it may go on elsewhere.
+    fn leave_guest(&mut self, vcpu: &mut Self::Vcpu);
+    /// What this processor's CPUID says.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+
     /// Prepares the upper half of a new top-level table: entries 256..512.
     fn share_core(&mut self, root: Mfn);
 

@@ -9,11 +9,12 @@
 //! Each processor keeps its timer at the earliest time of all, or sooner: whoever makes a time
 //! earlier is about to leave the core and sets its own timer on the way out.
 
-use crate::domain::{Cause, MAX_DOMAINS, NEVER, Stage, WATCHDOGS, Wait};
+use crate::domain::{Cause, MAX_DOMAINS, NEVER, Stage, WATCHDOGS};
 use crate::event::PORT_LIMIT;
 use crate::fault::{Answer, Fault};
-use crate::platform::{CpuId, MAX_CPUS, Platform};
+use crate::platform::{CpuId, MAX_CPUS, Platform, Registers};
 use crate::state::Core;
+use crate::vcpu::{MAX_VCPUS, VcpuId, Wait};
 use axolotl_abi::control::{DEATH_SHUTDOWN, DEATH_WATCHDOG};
 use heapless::Deque;
 use xen_abi::sched::{self, Poll, SHUTDOWN_WATCHDOG, Shutdown, Watchdog};
@@ -34,7 +35,7 @@ const WATCHDOG_MAX_S: u32 = 31_536_000;
 #[derive(Clone, Copy)]
 struct Cpu {
     /// What it runs.
-    running: Option<DomainId>,
+    running: Option<VcpuId>,
     /// Whose address space it has loaded, or is about to load.
     loaded: Option<DomainId>,
     /// Whose it has loaded until it enters that of `loaded`, which it does without the lock.
@@ -68,7 +69,7 @@ impl Cpu {
 
 /// Run queues, processors, times.
 pub struct Sched {
-    queues: [Deque<DomainId, MAX_DOMAINS>; QUEUES],
+    queues: [Deque<VcpuId, { MAX_DOMAINS * MAX_VCPUS }>; QUEUES],
     cpus: [Cpu; MAX_CPUS],
     /// Processors that run domains.
     pub(crate) count: usize,
@@ -93,17 +94,17 @@ impl Sched {
         &mut self.cpus[usize::from(cpu.0)]
     }
 
-    fn push(&mut self, queue: usize, id: DomainId) {
-        // There is room for every domain, and each is queued once.
-        let _ = self.queues[queue].push_back(id);
+    fn push(&mut self, queue: usize, v: VcpuId) {
+        // There is room for every vCPU, and each is queued once.
+        let _ = self.queues[queue].push_back(v);
     }
 
-    /// Takes a domain out of all queues.
+    /// Takes the vCPUs of a domain out of all queues.
     pub(crate) fn forget(&mut self, id: DomainId) {
         for queue in &mut self.queues {
             for _ in 0..queue.len() {
                 match queue.pop_front() {
-                    Some(other) if other != id => {
+                    Some(other) if other.domain != id => {
                         let _ = queue.push_back(other);
                     }
                     _ => {}
@@ -147,31 +148,55 @@ pub(crate) enum Next {
 impl<P: Platform> Core<P> {
     /// Keeps the scheduler's copy of a domain's next deadline true.
     pub(crate) fn update_deadline(&mut self, _p: &mut P, id: DomainId) {
-        let deadline = self.me(id).vcpu.deadline();
+        let deadline = self.me(id).deadline();
         self.sched.set_deadline(id, deadline);
     }
 
     /// Ends what a vCPU waits for, and finds it a processor.
-    pub(crate) fn wake(&mut self, p: &mut P, id: DomainId) {
-        let vcpu = &mut self.me_mut(id).vcpu;
+    pub(crate) fn wake(&mut self, p: &mut P, v: VcpuId) {
+        let vcpu = self.vcpu_mut(v);
         vcpu.wait = Wait::Nothing;
         if vcpu.poll_until != NEVER {
             vcpu.poll_until = NEVER;
-            self.update_deadline(p, id);
+            self.update_deadline(p, v.domain);
         }
-        self.make_ready(p, id);
+        self.make_ready(p, v);
+    }
+
+    /// Tells a vCPU that there is an event or an interrupt for it.
+    pub(crate) fn notify(&mut self, p: &mut P, v: VcpuId) {
+        match self.vcpu(v).wait {
+            Wait::Event | Wait::Port(_) => self.wake(p, v),
+            Wait::Nmi | Wait::Start => {}
+            Wait::Nothing => {
+                // A unikernel looks by itself; a kernel that computes wants an interrupt.
+                let cpu = self.vcpu(v).on_cpu.map(CpuId).filter(|&cpu| cpu != p.cpu());
+                if let Some(cpu) = cpu.filter(|_| self.me(v.domain).pvh.is_some()) {
+                    p.kick(cpu);
+                }
+            }
+        }
     }
 
     /// Queues a vCPU that could run but does not, and finds it a processor.
-    pub(crate) fn make_ready(&mut self, p: &mut P, id: DomainId) {
-        let domain = self.me_mut(id);
-        if !domain.is_runnable() || domain.vcpu.queued || domain.vcpu.on_cpu.is_some() {
+    pub(crate) fn make_ready(&mut self, p: &mut P, v: VcpuId) {
+        let domain = self.me_mut(v.domain);
+        let is_runnable = domain.is_runnable(v.index);
+        let queue = domain.queue(v.index);
+        let vcpu = self.vcpu_mut(v);
+        if !is_runnable || vcpu.queued || vcpu.on_cpu.is_some() {
             return;
         }
-        domain.vcpu.queued = true;
-        let queue = domain.queue();
-        self.sched.push(queue, id);
+        vcpu.queued = true;
+        self.sched.push(queue, v);
         self.find_cpu(p, queue);
+    }
+
+    /// The same for all vCPUs of a domain.
+    pub(crate) fn make_all_ready(&mut self, p: &mut P, id: DomainId) {
+        for v in self.vcpus_of(id) {
+            self.make_ready(p, v);
+        }
     }
 
     fn find_cpu(&mut self, p: &mut P, queue: usize) {
@@ -189,7 +214,8 @@ impl<P: Platform> Core<P> {
             return;
         }
         let rank = |core: &Self, cpu: &Cpu| {
-            cpu.running.and_then(|id| core.domain(id)).map_or(0, |domain| domain.queue())
+            let domain = |v: VcpuId| Some((core.domain(v.domain)?, v.index));
+            cpu.running.and_then(domain).map_or(0, |(domain, index)| domain.queue(index))
         };
         let worst = (0..count)
             .filter(|&index| !self.sched.cpus[index].reschedule)
@@ -215,59 +241,60 @@ impl<P: Platform> Core<P> {
         let cpu = self.sched.cpu(p.cpu());
         let spent = now.saturating_sub(cpu.since);
         cpu.since = now;
-        let Some(id) = cpu.running else { return };
-        let domain = self.me_mut(id);
-        domain.vcpu.cpu_ns += spent;
+        let Some(v) = cpu.running else { return };
+        let is_live = self.me(v.domain).stage == Stage::Live;
+        let vcpu = self.vcpu_mut(v);
+        vcpu.cpu_ns += spent;
         // What died has no budget any more, and no deadline.
-        if domain.vcpu.budget == 0 || domain.stage != Stage::Live {
+        if vcpu.budget == 0 || !is_live {
             return;
         }
-        if self.renew_budget(p, id, now) {
+        if self.renew_budget(p, v, now) {
             return;
         }
-        let vcpu = &mut self.me_mut(id).vcpu;
+        let vcpu = self.vcpu_mut(v);
         vcpu.used += spent;
         if vcpu.used >= vcpu.budget && !vcpu.exhausted {
             vcpu.exhausted = true;
             vcpu.overruns = vcpu.overruns.saturating_add(1);
-            self.update_deadline(p, id);
+            self.update_deadline(p, v.domain);
             self.sched.cpu(p.cpu()).reschedule = true;
         }
     }
 
     /// Begins another period for a vCPU that is in no queue, if the last one is over. Answers
     /// whether it was.
-    fn renew_budget(&mut self, p: &mut P, id: DomainId, now: u64) -> bool {
-        let vcpu = &mut self.me_mut(id).vcpu;
+    fn renew_budget(&mut self, p: &mut P, v: VcpuId, now: u64) -> bool {
+        let vcpu = self.vcpu_mut(v);
         if now < vcpu.period_start + vcpu.period {
             return false;
         }
         vcpu.period_start = now;
         vcpu.used = 0;
         if core::mem::take(&mut vcpu.exhausted) {
-            self.update_deadline(p, id);
+            self.update_deadline(p, v.domain);
         }
         true
     }
 
     /// Decides whether this processor goes on with what it runs. To be called after each exit has
     /// been dealt with.
-    pub(crate) fn decide(&mut self, p: &mut P, id: DomainId) -> Next {
+    pub(crate) fn decide(&mut self, p: &mut P, v: VcpuId) -> Next {
         let cpu = *self.sched.cpu(p.cpu());
-        if !self.me(id).is_runnable() {
+        if !self.me(v.domain).is_runnable(v.index) {
             return Next::Switch;
         }
         if !cpu.reschedule {
             return Next::Stay;
         }
         self.sched.cpu(p.cpu()).reschedule = false;
-        let rank = self.me(id).queue();
+        let rank = self.me(v.domain).queue(v.index);
         let is_over = p.now_ns() >= cpu.slice_end;
         match self.sched.best() {
             Some(best) if best < rank || best == rank && is_over => Next::Switch,
             _ => {
                 if is_over {
-                    self.start_slice(p, id);
+                    self.start_slice(p, v);
                 }
                 Next::Stay
             }
@@ -295,12 +322,14 @@ impl<P: Platform> Core<P> {
                 continue;
             }
             let id = DomainId(u16::try_from(index).unwrap_or(0));
-            self.expire_domain(p, id, now);
+            for v in self.vcpus_of(id) {
+                self.expire_vcpu(p, v, now);
+            }
         }
     }
 
-    fn expire_domain(&mut self, p: &mut P, id: DomainId, now: u64) {
-        let vcpu = &mut self.me_mut(id).vcpu;
+    fn expire_vcpu(&mut self, p: &mut P, v: VcpuId, now: u64) {
+        let vcpu = self.vcpu_mut(v);
         let timer = vcpu.timer <= now;
         let poll = vcpu.poll_until <= now;
         let refill = vcpu.exhausted && vcpu.period_start + vcpu.period <= now;
@@ -316,47 +345,65 @@ impl<P: Platform> Core<P> {
         if dog {
             vcpu.watchdogs = [NEVER; WATCHDOGS];
         }
-        self.update_deadline(p, id);
-        if refill && self.me(id).vcpu.queued {
-            self.sched.forget(id);
-            self.me_mut(id).vcpu.queued = false;
-            self.make_ready(p, id);
+        self.update_deadline(p, v.domain);
+        if refill && self.vcpu(v).queued {
+            // Back at the end of the better queue.
+            self.sched.forget(v.domain);
+            for each in self.vcpus_of(v.domain) {
+                self.vcpu_mut(each).queued = false;
+            }
+            self.make_all_ready(p, v.domain);
         }
         if timer {
-            self.raise_virq(p, id, event::VIRQ_TIMER);
+            self.raise_own_virq(p, v, event::VIRQ_TIMER);
         }
         if poll {
-            self.wake(p, id);
+            self.wake(p, v);
         }
         if dog {
-            self.doom(p, id, Cause::new(DEATH_WATCHDOG, SHUTDOWN_WATCHDOG));
+            self.doom(p, v.domain, Cause::new(DEATH_WATCHDOG, SHUTDOWN_WATCHDOG));
         }
     }
 
-    /// Ends a domain's life as soon as no processor runs it: now, or at that processor's next
-    /// exit. Answers whether it is over.
+    /// Ends a domain's life as soon as no processor runs it: now, or at those processors' next
+    /// exits. Answers whether it is over.
     pub(crate) fn doom(&mut self, p: &mut P, id: DomainId, cause: Cause) -> bool {
         if self.me(id).stage != Stage::Live {
             return true;
         }
-        match (self.me(id).vcpu.on_cpu, &self.me(id).vcpu.state) {
-            (None, Some(state)) => {
-                let registers = *P::registers(state);
-                self.die(p, id, cause, &registers);
-                true
-            }
-            (cpu, _) => {
-                self.me_mut(id).vcpu.doomed.get_or_insert(cause);
-                if let Some(cpu) = cpu {
-                    self.interrupt(p, CpuId(cpu));
-                }
-                false
+        self.me_mut(id).doomed.get_or_insert((cause, 0));
+        self.settle(p, id, None)
+    }
+
+    /// Ends the life of a domain that is doomed if no processor runs any vCPU of it, but for the
+    /// one, if any, whose registers the caller has. Answers whether it is over.
+    pub(crate) fn settle(
+        &mut self,
+        p: &mut P,
+        id: DomainId,
+        here: Option<(u8, &Registers)>,
+    ) -> bool {
+        let Some((cause, by)) = self.me(id).doomed else { return false };
+        let me = here.map(|(index, _)| index);
+        let others = self.vcpus_of(id).filter(|v| Some(v.index) != me);
+        let mut is_over = true;
+        for v in others {
+            if let Some(cpu) = self.vcpu(v).on_cpu {
+                self.interrupt(p, CpuId(cpu));
+                is_over = false;
             }
         }
+        if is_over {
+            let own = here.filter(|&(index, _)| index == by).map(|(_, registers)| *registers);
+            let kept = || self.me(id).vcpus.get(usize::from(by))?.state.as_ref();
+            let registers = own.or_else(|| kept().map(|state| *P::registers(state)));
+            self.die(p, id, cause, &registers.unwrap_or_default());
+        }
+        is_over
     }
 
     /// Takes the best vCPU out of its queue for this processor.
-    pub(crate) fn pick(&mut self, p: &mut P) -> Option<(DomainId, P::Vcpu)> {
+    pub(crate) fn pick(&mut self, p: &mut P) -> Option<(VcpuId, P::Vcpu)> {
         let me = p.cpu();
         let now = p.now_ns();
         let cpu = self.sched.cpu(me);
@@ -364,30 +411,31 @@ impl<P: Platform> Core<P> {
         cpu.idle = false;
         cpu.since = now;
         while let Some(queue) = self.sched.best() {
-            let Some(id) = self.sched.queues[queue].pop_front() else { continue };
-            let domain = self.me_mut(id);
-            domain.vcpu.queued = false;
-            if !domain.is_runnable() {
+            let Some(v) = self.sched.queues[queue].pop_front() else { continue };
+            let is_runnable = self.me(v.domain).is_runnable(v.index);
+            let vcpu = self.vcpu_mut(v);
+            vcpu.queued = false;
+            if !is_runnable {
                 continue;
             }
-            let Some(state) = domain.vcpu.state.take() else { continue };
-            domain.vcpu.on_cpu = Some(me.0);
+            let Some(state) = vcpu.state.take() else { continue };
+            vcpu.on_cpu = Some(me.0);
             let cpu = self.sched.cpu(me);
-            cpu.running = Some(id);
-            if cpu.loaded != Some(id) {
+            cpu.running = Some(v);
+            if cpu.loaded != Some(v.domain) {
                 cpu.leaving = cpu.loaded;
             }
-            cpu.loaded = Some(id);
-            self.start_slice(p, id);
-            return Some((id, state));
+            cpu.loaded = Some(v.domain);
+            self.start_slice(p, v);
+            return Some((v, state));
         }
         None
     }
 
-    fn start_slice(&mut self, p: &mut P, id: DomainId) {
+    fn start_slice(&mut self, p: &mut P, v: VcpuId) {
         let now = p.now_ns();
-        self.renew_budget(p, id, now);
-        let vcpu = &self.me(id).vcpu;
+        self.renew_budget(p, v, now);
+        let vcpu = self.vcpu(v);
         let left = match vcpu.budget {
             budget if budget == 0 || vcpu.exhausted => SLICE_NS,
             budget => budget.saturating_sub(vcpu.used).min(SLICE_NS),
@@ -396,19 +444,20 @@ impl<P: Platform> Core<P> {
     }
 
     /// Takes what this processor ran off it.
-    pub(crate) fn put_away(&mut self, p: &mut P, id: DomainId, state: P::Vcpu) {
+    pub(crate) fn put_away(&mut self, p: &mut P, v: VcpuId, state: P::Vcpu) {
         let now = p.now_ns();
         self.account(p, now);
         let cpu = self.sched.cpu(p.cpu());
         cpu.running = None;
         cpu.slice_end = NEVER;
-        let domain = self.me_mut(id);
-        domain.vcpu.state = Some(state);
-        domain.vcpu.on_cpu = None;
-        if domain.is_runnable() {
-            domain.vcpu.queued = true;
-            let queue = domain.queue();
-            self.sched.push(queue, id);
+        let vcpu = self.vcpu_mut(v);
+        vcpu.state = Some(state);
+        vcpu.on_cpu = None;
+        let domain = self.me(v.domain);
+        if domain.is_runnable(v.index) {
+            let queue = domain.queue(v.index);
+            self.vcpu_mut(v).queued = true;
+            self.sched.push(queue, v);
         }
     }
 
@@ -459,16 +508,18 @@ impl<P: Platform> Core<P> {
                 Ok(0)
             }
             sched::BLOCK => {
-                let domain = self.me_mut(id);
-                if p.load8(domain.shared, VCPU_UPCALL_PENDING) == 0 {
-                    domain.vcpu.wait = Wait::Event;
+                let vcpu = self.me_mut(id).vcpu_mut();
+                if p.load8(vcpu.info.0, vcpu.info.1 + VCPU_UPCALL_PENDING) == 0 {
+                    vcpu.wait = Wait::Event;
                 }
                 Ok(0)
             }
             sched::POLL => self.poll(p, id, gpa),
             sched::SHUTDOWN => {
                 let op: Shutdown = self.get(p, id, gpa)?;
-                self.me_mut(id).vcpu.doomed = Some(Cause::new(DEATH_SHUTDOWN, op.reason));
+                let domain = self.me_mut(id);
+                let by = domain.acting;
+                domain.doomed.get_or_insert((Cause::new(DEATH_SHUTDOWN, op.reason), by));
                 Ok(0)
             }
             sched::WATCHDOG => self.watchdog(p, id, gpa),
@@ -495,10 +546,10 @@ impl<P: Platform> Core<P> {
             only = port.0;
         }
         let is_late = op.timeout != 0 && op.timeout <= p.now_ns();
-        if is_late || p.load8(shared, VCPU_UPCALL_PENDING) != 0 {
+        if is_late || self.has_upcall(p, self.acting(id)) {
             return Ok(0);
         }
-        let vcpu = &mut self.me_mut(id).vcpu;
+        let vcpu = self.me_mut(id).vcpu_mut();
         // Of several ports any event wakes it: a poll may end for no reason.
         vcpu.wait = Wait::Port(if op.nr_ports == 1 { only } else { 0 });
         if op.timeout != 0 {
@@ -511,7 +562,7 @@ impl<P: Platform> Core<P> {
     fn watchdog(&mut self, p: &mut P, id: DomainId, gpa: u64) -> Answer {
         let op: Watchdog = self.get(p, id, gpa)?;
         let now = p.now_ns();
-        let dogs = &mut self.me_mut(id).vcpu.watchdogs;
+        let dogs = &mut self.me_mut(id).vcpus[0].watchdogs;
         let index = match op.id {
             0 if op.timeout == 0 => return Err(Errno::EINVAL.into()),
             0 => dogs.iter().position(|&until| until == NEVER).ok_or(Errno::ENOSPC)?,
@@ -533,11 +584,12 @@ impl<P: Platform> Core<P> {
 
     /// `set_timer_op`.
     pub(crate) fn set_timer_op(&mut self, p: &mut P, id: DomainId, at: u64) -> Answer {
-        self.me_mut(id).vcpu.timer = NEVER;
+        let v = self.acting(id);
+        self.vcpu_mut(v).timer = NEVER;
         if at != 0 && at <= p.now_ns() {
-            self.raise_virq(p, id, event::VIRQ_TIMER);
+            self.raise_own_virq(p, v, event::VIRQ_TIMER);
         } else if at != 0 {
-            self.me_mut(id).vcpu.timer = at;
+            self.vcpu_mut(v).timer = at;
         }
         self.update_deadline(p, id);
         Ok(0)
@@ -549,12 +601,20 @@ impl<P: Platform> Core<P> {
     /// `EAGAIN` while a processor runs it.
     pub(crate) fn pause(&mut self, p: &mut P, id: DomainId) -> Answer {
         self.me_mut(id).paused = true;
-        if let Some(cpu) = self.me(id).vcpu.on_cpu {
-            self.interrupt(p, CpuId(cpu));
+        let mut is_running = false;
+        for v in self.vcpus_of(id) {
+            if let Some(cpu) = self.vcpu(v).on_cpu {
+                self.interrupt(p, CpuId(cpu));
+                is_running = true;
+            }
+        }
+        if is_running {
             return Err(Fault::Refused(Errno::EAGAIN));
         }
         self.sched.forget(id);
-        self.me_mut(id).vcpu.queued = false;
+        for vcpu in &mut self.me_mut(id).vcpus {
+            vcpu.queued = false;
+        }
         Ok(0)
     }
 }

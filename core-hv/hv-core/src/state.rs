@@ -6,6 +6,7 @@ use crate::frame::{FrameTable, Mfn};
 use crate::pci::Pci;
 use crate::platform::Platform;
 use crate::sched::Sched;
+use crate::vcpu::{Vcpu, VcpuId};
 use xen_abi::{DomainId, event};
 
 /// Everything the core knows.
@@ -68,6 +69,27 @@ impl<P: Platform> Core<P> {
     /// As [`Self::me`].
     pub(crate) fn me_mut(&mut self, id: DomainId) -> &mut Domain<P> {
         self.domain_mut(id).expect("ids that were looked up stay valid while the lock is held")
+    }
+
+    /// A vCPU that is known to exist.
+    pub(crate) fn vcpu(&self, v: VcpuId) -> &Vcpu<P> {
+        &self.me(v.domain).vcpus[usize::from(v.index)]
+    }
+
+    /// As [`Self::vcpu`].
+    pub(crate) fn vcpu_mut(&mut self, v: VcpuId) -> &mut Vcpu<P> {
+        &mut self.me_mut(v.domain).vcpus[usize::from(v.index)]
+    }
+
+    /// The vCPUs of a domain.
+    pub(crate) fn vcpus_of(&self, id: DomainId) -> impl Iterator<Item = VcpuId> + use<P> {
+        let count = u8::try_from(self.me(id).vcpus.len()).unwrap_or(0);
+        (0..count).map(move |index| VcpuId { domain: id, index })
+    }
+
+    /// The vCPU of a domain that is in the core.
+    pub(crate) fn acting(&self, id: DomainId) -> VcpuId {
+        VcpuId { domain: id, index: self.me(id).acting }
     }
 
     /// A domain that is known to exist, together with the frame table.

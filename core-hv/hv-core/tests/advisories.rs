@@ -52,8 +52,19 @@ fn xsa_122_version_strings_are_padded_with_zeros_and_end_where_they_end() {
     assert!(bytes[16..].iter().all(|&byte| byte == 0xa5));
     for command in 2..32 {
         system.write(guest, SCRATCH, &[0; 8]);
+        system.write(guest, SCRATCH + 8, &[0xa5; 1092]);
         system.call(guest, XEN_VERSION, [command, SCRATCH, 0, 0, 0]);
-        assert_eq!(system.get::<[u8; 1084]>(guest, SCRATCH + 16), [0xa5; 1084], "{command}");
+        let len = match command {
+            2 => 144,
+            3 | 9 => 1024,
+            4 => 64,
+            5 | 6 => 8,
+            8 => 16,
+            _ => 8,
+        };
+        let bytes: [u8; 1100] = system.get(guest, SCRATCH);
+        assert!(bytes[len..].iter().all(|&byte| byte == 0xa5), "{command} writes no more");
+        assert!(len == 8 || !bytes[..len].contains(&0xa5), "{command} leaves nothing");
     }
 }
 
@@ -311,7 +322,9 @@ fn xsa_387_a_pin_of_an_earlier_life_is_none_of_the_next() {
 #[test]
 fn xsa_consoleio_a_huge_count_is_written_in_bounded_parts() {
     let (mut system, guest, ..) = three();
-    for id in [guest, D0] {
+    // Miri takes its time for each byte, and the control domain has many.
+    let domains: &[DomainId] = if cfg!(miri) { &[guest] } else { &[guest, D0] };
+    for &id in domains {
         for count in [1 << 31, u64::MAX, 1 << 20] {
             let result = system.call(id, CONSOLE_IO, [0, count, SCRATCH, 0, 0]);
             assert_eq!(result, Errno::EFAULT.to_result(), "its memory ends before");

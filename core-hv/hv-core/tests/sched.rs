@@ -170,7 +170,7 @@ fn yield_lets_an_equal_run_and_alone_changes_nothing() {
     let polite = create(&mut system, CLASS_GUEST, 0, 0);
     let other = create(&mut system, CLASS_GUEST, 0, 0);
     // Miri takes its time for each step.
-    let work_ns = if cfg!(miri) { MS } else { 50_000 };
+    let work_ns = if cfg!(miri) { 250_000 } else { 50_000 };
     system.program(polite, move |p, registers, _| {
         p.machine().now_ns += work_ns;
         hv_core::fake::issue(registers, SCHED_OP, [sched::YIELD, 0, 0, 0, 0])

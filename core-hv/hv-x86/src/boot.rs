@@ -6,7 +6,7 @@ use crate::acpi::{self, Acpi};
 use crate::boot_info::{BootInfo, BootMap};
 use crate::machine::{self, Machine, SHARED, Shared};
 use crate::paging::{self, BootMemory, CpuArea, Ranges, Tables};
-use crate::{apic, cpu, ioapic, multiboot2, pci, pvh, serial, smp, time, vcpu};
+use crate::{apic, cpu, ioapic, multiboot2, pci, pvh, serial, smp, svm, time, vcpu};
 use core::arch::global_asm;
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -119,6 +119,7 @@ extern "C" fn first_processor(_: u64) -> ! {
     }
     let others = if trampoline { acpi.apic_ids.as_slice() } else { &[] };
     let apic_ids = start_others(others, &mut tables, &mut memory);
+    svm::prepare(&mut memory);
     pci::init(acpi.ecam, |address, bytes| tables.map_mmio(&mut memory, address, bytes));
     let cpus = apic_ids.len();
     SHARED.call_once(|| Shared { root: tables.root(), apic_ids, memory_end: end });

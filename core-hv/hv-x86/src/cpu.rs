@@ -221,7 +221,8 @@ fn cr4() -> Cr4Flags {
     let cpuid = raw_cpuid::CpuId::new();
     let base = cpuid.get_feature_info();
     let extended = cpuid.get_extended_feature_info();
-    let mut flags = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION | Cr4Flags::PAGE_GLOBAL;
+    // OSFXSR: so that FXSAVE saves all of a guest's registers. Ring 3 still has none, by CR0.
+    let mut flags = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION | Cr4Flags::PAGE_GLOBAL | Cr4Flags::OSFXSR;
     flags.set(Cr4Flags::MACHINE_CHECK_EXCEPTION, base.is_some_and(|info| info.has_mce()));
     if let Some(info) = extended {
         flags.set(Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION, info.has_smep());

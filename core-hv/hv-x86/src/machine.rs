@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "memory of domains is reached through the direct map")]
 
 use crate::paging::{self, CpuArea, direct};
+use crate::svm::{self, Guest, Processor, Stop};
 use crate::vcpu::{self, HYPERCALL, Left, Vcpu};
 use crate::{apic, cpu, ioapic, pci, serial, time};
 use core::arch::asm;
@@ -12,7 +13,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use heapless::Vec;
 use hv_core::frame::Mfn;
 use hv_core::platform::{
-    Bdf, Clock, CpuId, DEVICE_VECTORS, Exit, MAX_CPUS, MsiMessage, Platform, Registers, Space,
+    Bdf, Clock, CpuId, DEVICE_VECTORS, Event, Exit, GUEST_FRAMES, GuestMsr, MAX_CPUS, Mode,
+    MsiMessage, NoGuests, Platform, Readiness, Registers, Space, Start,
 };
 use spin::Once;
 use x86_64::registers::control::Cr2;
@@ -48,6 +50,8 @@ pub struct Machine {
     ports: bool,
     /// Serial number of the vCPU that ran last.
     last: u64,
+    /// What runs guests.
+    guests: Processor,
 }
 
 impl Machine {
@@ -57,7 +61,9 @@ impl Machine {
     /// [`SHARED`] is not set.
     pub fn new(cpu: CpuId, area: CpuArea) -> Self {
         let shared = SHARED.get().expect("facts come before processors");
-        Self { cpu, shared, area, window: Cell::new(0), loaded: None, ports: false, last: 0 }
+        let guests = Processor::new(area.guest_pages());
+        let window = Cell::new(0);
+        Self { cpu, shared, area, window, loaded: None, ports: false, last: 0, guests }
     }
 
     /// Where `len` bytes of a frame are.
@@ -89,6 +95,14 @@ impl Machine {
         if self.loaded != Some(space) {
             load_cr3(space.root.address());
             self.loaded = Some(space);
+        }
+    }
+
+    /// Goes on in the core's own address space.
+    #[inline]
+    fn leave_space(&mut self) {
+        if self.loaded.take().is_some() {
+            load_cr3(self.shared.root);
         }
     }
 
@@ -244,7 +258,7 @@ impl Platform for Machine {
     fn new_vcpu(&mut self, frame: Mfn) -> Vcpu {
         self.at(frame, 0, 4096);
         // SAFETY: it exists, and hv-core keeps it for this alone, by the trait's contract.
-        unsafe { Vcpu::new(frame) }
+        unsafe { Vcpu::new(frame, None) }
     }
 
     // Its value was all that referred to the frame.
@@ -279,10 +293,79 @@ impl Platform for Machine {
         if vector == HYPERCALL { Exit::Hypercall } else { Self::exit(vector, error) }
     }
 
-    fn wait(&mut self) -> Exit {
-        if self.loaded.take().is_some() {
-            load_cr3(self.shared.root);
+    fn virtualization(&self) -> Result<(), NoGuests> {
+        svm::availability()
+    }
+
+    fn new_guest(&mut self, [first, second]: [Mfn; GUEST_FRAMES]) -> Vcpu {
+        self.at(first, 0, 4096);
+        self.at(second, 0, 4096);
+        let guest = Guest::new(second);
+        // SAFETY: it exists, and hv-core keeps it for this alone, by the trait's contract.
+        let mut vcpu = unsafe { Vcpu::new(first, Some(guest)) };
+        Self::start_guest(&mut vcpu, Start::Reset);
+        vcpu
+    }
+
+    fn start_guest(vcpu: &mut Vcpu, start: Start) {
+        let (registers, guest) = vcpu.guest_mut();
+        guest.start(registers, start);
+    }
+
+    fn mode(vcpu: &Vcpu) -> Mode {
+        vcpu.guest().mode()
+    }
+
+    fn guest_msr(vcpu: &Vcpu, register: GuestMsr) -> u64 {
+        vcpu.guest().msr(register)
+    }
+
+    fn set_guest_msr(vcpu: &mut Vcpu, register: GuestMsr, value: u64) {
+        vcpu.guest_mut().1.set_msr(register, value);
+    }
+
+    fn readiness(vcpu: &Vcpu) -> Readiness {
+        vcpu.guest().readiness(vcpu.registers())
+    }
+
+    fn inject(vcpu: &mut Vcpu, event: Event) {
+        vcpu.guest_mut().1.inject(event);
+    }
+
+    fn next_rip(vcpu: &Vcpu) -> Option<u64> {
+        vcpu.guest().next_rip()
+    }
+
+    fn skip_to(vcpu: &mut Vcpu, rip: u64) {
+        let (registers, guest) = vcpu.guest_mut();
+        registers.rip = rip;
+        guest.end_shadow();
+    }
+
+    fn run_guest(&mut self, vcpu: &mut Vcpu, space: Space, window: bool) -> Exit {
+        self.leave_space();
+        let serial = vcpu.serial();
+        self.last = serial;
+        let (registers, guest) = vcpu.guest_mut();
+        match self.guests.run(registers, guest, serial, self.cpu.0, space, window) {
+            Stop::Interrupt(0) => Exit::Interrupted,
+            Stop::Interrupt(vector) => Self::exit(vector, 0),
+            Stop::Exit(exit) => Exit::Guest(exit),
         }
+    }
+
+    fn leave_guest(&mut self, vcpu: &mut Vcpu) {
+        let serial = vcpu.serial();
+        self.guests.leave(vcpu.guest_mut().1, serial);
+    }
+
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let raw_cpuid::CpuIdResult { eax, ebx, ecx, edx } = raw_cpuid::cpuid!(leaf, subleaf);
+        [eax, ebx, ecx, edx]
+    }
+
+    fn wait(&mut self) -> Exit {
+        self.leave_space();
         match vcpu::sleep() {
             0 => Exit::Interrupted,
             vector => Self::exit(vector, 0),

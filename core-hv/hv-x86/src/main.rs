@@ -19,5 +19,6 @@ mod pci;
 mod pvh;
 mod serial;
 mod smp;
+mod svm;
 mod time;
 mod vcpu;

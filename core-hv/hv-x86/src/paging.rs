@@ -205,7 +205,8 @@ impl Tables {
             self.map(boot, area(cpu) + stack.start, phys, pages * 4096, DATA);
         }
         let window = area(cpu) + WINDOW;
-        CpuArea { slot: cpu, window, window_entry: self.entry(boot, window, 0) }
+        let guest_pages = [boot.take(1), boot.take(1)];
+        CpuArea { slot: cpu, window, window_entry: self.entry(boot, window, 0), guest_pages }
     }
 
     /// Maps one page at its physical address, executable, while secondary processors start.
@@ -286,6 +287,7 @@ pub struct CpuArea {
     slot: usize,
     window: u64,
     window_entry: u64,
+    guest_pages: [u64; 2],
 }
 
 impl CpuArea {
@@ -297,6 +299,11 @@ impl CpuArea {
     /// Address of the window.
     pub fn window(&self) -> u64 {
         self.window
+    }
+
+    /// Physical addresses of two pages that only it uses, to run guests.
+    pub fn guest_pages(&self) -> [u64; 2] {
+        self.guest_pages
     }
 
     /// Moves the window to a physical page.

@@ -4,6 +4,7 @@
 
 use crate::cpu::{PerCpu, Tss, USER_CODE, USER_DATA};
 use crate::paging;
+use crate::svm::Guest;
 use core::arch::{asm, global_asm};
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -87,6 +88,11 @@ pub unsafe fn switch_stack(top: u64, function: extern "C" fn(u64) -> !, argument
 pub fn sleep() -> u64 {
     // SAFETY: this processor's tables are loaded; the handler only notes the vector.
     unsafe { wait_for_interrupt() };
+    waited()
+}
+
+/// Vector of the interrupt that was taken last in ring 0, 0 if there was none.
+pub fn waited() -> u64 {
     let vector: u64;
     // SAFETY: GS is this processor's `PerCpu`.
     unsafe {
@@ -104,6 +110,8 @@ struct State {
     serial: u64,
     /// It left by SYSCALL, which destroys rcx and r11; so may the way back.
     left_by_syscall: bool,
+    /// What a hardware-virtualized one has beside.
+    guest: Option<Guest>,
 }
 const _: () = assert!(size_of::<State>() <= 4096);
 
@@ -122,10 +130,11 @@ impl Vcpu {
     ///
     /// # Safety
     /// The frame is mapped and serves nothing else while the value lives.
-    pub unsafe fn new(frame: Mfn) -> Self {
+    pub unsafe fn new(frame: Mfn, guest: Option<Guest>) -> Self {
         let state = paging::direct::<State>(frame.address());
         let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
-        let fresh = State { registers: Registers::default(), serial, left_by_syscall: false };
+        let registers = Registers::default();
+        let fresh = State { registers, serial, left_by_syscall: false, guest };
         // SAFETY: mapped, aligned, and nobody else's.
         unsafe { state.write(fresh) };
         // SAFETY: just initialized; ours alone while the value lives.
@@ -140,6 +149,23 @@ impl Vcpu {
     /// Its registers.
     pub fn registers_mut(&mut self) -> &mut Registers {
         &mut self.0.registers
+    }
+
+    /// Registers and the rest of a hardware-virtualized one.
+    ///
+    /// # Panics
+    /// It is none.
+    pub fn guest_mut(&mut self) -> (&mut Registers, &mut Guest) {
+        let State { registers, guest, .. } = &mut *self.0;
+        (registers, guest.as_mut().expect("hv-core knows which vCPUs are guests'"))
+    }
+
+    /// As [`Self::guest_mut`].
+    ///
+    /// # Panics
+    /// It is none.
+    pub fn guest(&self) -> &Guest {
+        self.0.guest.as_ref().expect("hv-core knows which vCPUs are guests'")
     }
 
     /// A number that no other vCPU has had.

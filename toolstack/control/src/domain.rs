@@ -196,7 +196,7 @@ impl<'b> Managed<'b> {
             max_pages: self.domain.memory_pages,
             budget_us: self.domain.budget_us,
             period_us: self.domain.period_us,
-            reserved: 0,
+            vcpus: 1,
         };
         hv.create(&create).map(drop).map_err(at("creating it"))
     }
