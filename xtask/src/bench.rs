@@ -5,6 +5,8 @@
 //! repeat on any host; what waits for the host's network is measured with `sleep=on`, where idle
 //! time is the host's. `docs/benchmarks.md` says what that does and does not show.
 
+mod blocks;
+
 use crate::build::{self, Built};
 use crate::machine::{Machine, wait_web};
 use crate::qemu::{Accel, Options, Ports};
@@ -79,6 +81,7 @@ pub fn bench(as_json: bool) -> miette::Result<()> {
     let mut rows = Vec::new();
     rows.extend(core_figures()?);
     rows.extend(path_figures()?);
+    rows.extend(blocks::figures()?);
     rows.push(core_lines()?);
     if as_json {
         println!("{}", to_json(&rows));

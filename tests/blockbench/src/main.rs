@@ -98,7 +98,7 @@ fn run_load<T: Target>(
 /// Lets time pass; the domain has nothing to do meanwhile.
 fn rest(domain: &Domain, until_ns: u64) {
     while domain.now_ns() < until_ns {
-        drop(domain.wait(Some(until_ns)));
+        domain.wait(Some(until_ns)).for_each(drop);
     }
 }
 
@@ -114,7 +114,7 @@ impl Target for Direct {
 
     fn wait(&mut self, domain: &Domain) {
         if !self.0.arm() {
-            drop(domain.wait(None));
+            domain.wait(None).for_each(drop);
         }
     }
 }
@@ -153,7 +153,7 @@ impl Target for Split {
     }
 
     fn wait(&mut self, domain: &Domain) {
-        drop(domain.wait(None));
+        domain.wait(None).for_each(drop);
     }
 }
 
@@ -179,7 +179,7 @@ fn connect(domain: &Domain) -> Result<(Split, alloc::vec::Vec<DmaPage>), Errno> 
             front.store_event(&mut env, &mut store, &event)?;
         }
         if !front.is_connected() {
-            drop(domain.wait(Some(domain.now_ns() + REST_NS)));
+            domain.wait(Some(domain.now_ns() + REST_NS)).for_each(drop);
         }
     }
     let disk = FrontDisk::new(front, env);
