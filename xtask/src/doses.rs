@@ -13,7 +13,31 @@ pub const CALLS: &str = "AXOLOTL_CALLS";
 /// The test fails; it says which promise was broken.
 pub fn crash_soak(kills: u32) -> miette::Result<()> {
     let name = "crashes_under_a_download_leak_nothing";
-    dose(name, KILLS, kills.into())
+    dose("default", name, KILLS, kills.into())
+}
+
+/// A storage controller that has a driver.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Controller {
+    /// NVMe, with a copy-on-write disk besides.
+    Nvme,
+    /// AHCI.
+    Ahci,
+    /// virtio.
+    VirtioBlk,
+}
+
+/// Kills the domain of a storage controller `kills` times while a guest verifies its disks.
+///
+/// # Errors
+/// The test fails; it says which promise was broken.
+pub fn disk_soak(controller: Controller, kills: u32) -> miette::Result<()> {
+    let (system, name) = match controller {
+        Controller::Nvme => ("disktest-nvme", "no_write_is_lost_on_nvme"),
+        Controller::Ahci => ("disktest-ahci", "no_write_is_lost_on_ahci"),
+        Controller::VirtioBlk => ("disktest-virtio", "no_write_is_lost_on_virtio_blk"),
+    };
+    dose(system, name, KILLS, kills.into())
 }
 
 /// Lets the self-test domain make `calls` hostile calls while the demo guest keeps answering.
@@ -21,9 +45,13 @@ pub fn crash_soak(kills: u32) -> miette::Result<()> {
 /// # Errors
 /// The test fails; it says which promise was broken.
 pub fn selftest(calls: u64) -> miette::Result<()> {
-    dose("hostile_calls_hurt_nobody", CALLS, calls)
+    dose("selftest", "hostile_calls_hurt_nobody", CALLS, calls)
 }
 
-fn dose(test: &str, variable: &str, value: u64) -> miette::Result<()> {
-    qemu_tests(&[test, "--exact", "--ignored", "--nocapture"], &[(variable, value.to_string())])
+fn dose(system: &str, test: &str, variable: &str, value: u64) -> miette::Result<()> {
+    qemu_tests(
+        &[system],
+        &[test, "--exact", "--ignored", "--nocapture"],
+        &[(variable, value.to_string())],
+    )
 }

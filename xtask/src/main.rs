@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use xtask::checks::{self, Job};
+use xtask::doses::Controller;
 use xtask::qemu::{Accel, Options, Ports};
 use xtask::suite::{self, Which};
 use xtask::{bench, doses, iso, run};
@@ -73,6 +74,15 @@ enum Xtask {
         #[arg(long, default_value_t = 1000)]
         kills: u32,
     },
+    /// Kills a disk driver at random instants while a guest verifies every sector of its disk.
+    DiskSoak {
+        /// Which driver.
+        #[arg(long, value_enum, default_value_t = Controller::Nvme)]
+        controller: Controller,
+        /// How often.
+        #[arg(long, default_value_t = 2000)]
+        kills: u32,
+    },
     /// Attacks the core with hostile calls while the demo guest keeps answering.
     Selftest {
         /// How many.
@@ -130,6 +140,7 @@ fn work(task: Xtask) -> miette::Result<()> {
             suite::test(filter.as_deref(), which)
         }
         Xtask::CrashSoak { kills } => doses::crash_soak(kills),
+        Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
         Xtask::Selftest { calls } => doses::selftest(calls),
         Xtask::Bench { json } => bench::bench(json),
         Xtask::Loom => checks::loom(),

@@ -120,7 +120,7 @@ pub fn plan(machine: &Machine, options: &Options, files: Files<'_>) -> miette::R
         .arg(format!("socket,id=com2,path={}", files.com2.display()))
         .args(["-serial", "chardev:com2"]);
     let forwards = network(&mut command, machine, options.ports)?;
-    storage(&mut command, machine, files.disks);
+    storage(&mut command, machine, files.disks, &options.disks);
     command.args(&options.extra);
     Ok(Plan { command, forwards })
 }
@@ -191,10 +191,10 @@ fn address(bdf: u32) -> String {
 }
 
 /// Adds the disks: a controller where the first disk of its address is, and the disks on it.
-fn storage(command: &mut Command, machine: &Machine, files: &[PathBuf]) {
+fn storage(command: &mut Command, machine: &Machine, files: &[PathBuf], place: &Place) {
     let mut controllers: Vec<(u32, usize)> = Vec::new();
     for (index, (disk, file)) in machine.disks.iter().zip(files).enumerate() {
-        command.arg("-drive").arg(drive(index, disk, file));
+        command.arg("-drive").arg(drive(index, disk, file, place));
         let known = controllers.iter().position(|(bdf, _)| *bdf == disk.bdf);
         let controller = known.unwrap_or(controllers.len());
         if known.is_none() {
@@ -210,13 +210,15 @@ fn storage(command: &mut Command, machine: &Machine, files: &[PathBuf]) {
 }
 
 /// The host's side of a disk.
-fn drive(index: usize, disk: &MachineDisk, file: &Path) -> OsString {
+fn drive(index: usize, disk: &MachineDisk, file: &Path, place: &Place) -> OsString {
+    // Nobody wants to find a fresh one again after the host's own crash.
+    let cache = if *place == Place::AsWritten { "writeback" } else { "unsafe" };
     let format = match disk.format {
         FileFormat::Raw => "raw",
         FileFormat::Qcow2 => "qcow2",
     };
     let mut drive = OsString::from(format!(
-        "if=none,id=drive{index},format={format},cache=writeback,discard=unmap,file="
+        "if=none,id=drive{index},format={format},cache={cache},discard=unmap,file="
     ));
     // QEMU takes two commas for one that is part of a value.
     drive.push(file.to_string_lossy().replace(',', ",,"));
@@ -401,7 +403,12 @@ mod tests {
         let machine =
             Machine { memory_mib: 256, cpus: 1, cpu_model: None, nics: Vec::new(), disks };
         let mut command = Command::new("qemu");
-        storage(&mut command, &machine, &["a,readonly=on".into(), "b".into(), "c".into()]);
+        storage(
+            &mut command,
+            &machine,
+            &["a,readonly=on".into(), "b".into(), "c".into()],
+            &Place::AsWritten,
+        );
         let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
         let drive = "if=none,id=drive";
         let rest = "format=raw,cache=writeback,discard=unmap,file=";

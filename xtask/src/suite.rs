@@ -9,7 +9,15 @@ use std::process::Stdio;
 use std::time::Instant;
 
 /// Systems that the tests boot.
-const SYSTEMS: [&str; 4] = ["default", "two-nics", "selftest", "pingpong"];
+const SYSTEMS: [&str; 7] = [
+    "default",
+    "two-nics",
+    "selftest",
+    "pingpong",
+    "disktest-nvme",
+    "disktest-ahci",
+    "disktest-virtio",
+];
 
 /// Which tests to run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -41,7 +49,7 @@ pub fn test(filter: Option<&str>, which: Which) -> miette::Result<()> {
     if which != Which::Host {
         let mut arguments: Vec<&str> = filter.into_iter().collect();
         arguments.push("--ignored");
-        qemu_tests(&arguments, &[])?;
+        qemu_tests(&SYSTEMS, &arguments, &[])?;
     }
     eprintln!("all tests passed in {:.0} s", start.elapsed().as_secs_f32());
     Ok(())
@@ -85,15 +93,20 @@ fn count(list: &str) -> usize {
     list.lines().filter(|line| line.ends_with(": test")).count()
 }
 
-/// Builds what the tests that boot a machine use and runs them, one after the other: each one
+/// Builds `systems` and runs the tests that boot them, one after the other: each one
 /// wants the whole machine. They are `#[ignore]`d, so that a plain `cargo test` says what it leaves
 /// out. `environment` reaches the tests, to choose a dose.
 ///
 /// # Errors
 /// One fails, or something does not build.
-pub fn qemu_tests(arguments: &[&str], environment: &[(&str, String)]) -> miette::Result<()> {
+pub fn qemu_tests(
+    systems: &[&str],
+    arguments: &[&str],
+    environment: &[(&str, String)],
+) -> miette::Result<()> {
     setup::qemu()?;
-    for name in SYSTEMS {
+    setup::qemu_img()?;
+    for name in systems {
         build::build_named(Path::new(name))?;
     }
     let tests = test_targets()?;

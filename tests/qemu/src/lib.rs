@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+use axolotl_abi::protocol::DomainState;
 use serde_json::Value;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -16,13 +17,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use xtask::console::{Colour, Line, show};
+use xtask::disks::Place;
 use xtask::http::{self, Download};
 use xtask::machine::{Machine, wait_web};
 use xtask::qemu::{Options, Ports};
-use xtask::{build, project};
+use xtask::{build, platform, project};
 
 /// How long a system may take to its first web page. Emulation on a busy machine is slow.
 pub const BOOT: Duration = Duration::from_secs(90);
+/// How long the restart of a domain may take.
+const RESTART: Duration = Duration::from_secs(20);
 /// How long one `axl` command may take.
 const AXL: Duration = Duration::from_secs(20);
 
@@ -60,7 +64,10 @@ impl Platform {
     #[must_use]
     pub fn boot_built(built: &build::Built, change: impl FnOnce(Options) -> Options) -> Self {
         let log = Arc::new(Log::new());
-        let options = change(Options { ports: Ports::Free, ..Options::default() });
+        let disks = project::target_dir().join("qemu-tests").join(&log.name);
+        let options =
+            Options { ports: Ports::Free, disks: Place::Fresh(disks), ..Options::default() };
+        let options = change(options);
         let sink = Arc::clone(&log);
         let machine = Machine::start(built, &options, move |line| sink.add(line));
         Self { machine: machine.unwrap_or_else(|error| panic!("{error:?}")), log }
@@ -119,6 +126,34 @@ impl Platform {
             let listed = self.domains().into_iter().find(|domain| domain.name == name)?;
             (listed.incarnation > before && listed.is_alive()).then_some(())
         });
+    }
+
+    /// Kills a domain as fast as can be, and waits until its next incarnation runs.
+    pub fn kill(&self, name: &str) {
+        let mux = &self.machine.mux;
+        let line = || {
+            let lines = platform::list(mux).unwrap_or_else(|error| panic!("{error:?}"));
+            let found = lines.into_iter().find(|line| line.name == name);
+            found.unwrap_or_else(|| panic!("no domain `{name}`"))
+        };
+        let before = line().incarnation;
+        platform::crash(mux, name).unwrap_or_else(|error| panic!("{error:?}"));
+        let deadline = Instant::now() + RESTART;
+        loop {
+            let now = line();
+            let lives = matches!(now.state, DomainState::Running | DomainState::Blocked);
+            if lives && now.incarnation > before {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} is not restarted: {now:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Ends the machine, and returns the files of its disks in the order of the system file.
+    #[must_use]
+    pub fn into_disks(self) -> Vec<PathBuf> {
+        self.machine.disks.clone()
     }
 
     /// Polls until `probe` has an answer; fails the test when it takes longer than `limit`.
@@ -237,6 +272,34 @@ fn from_environment(name: &str) -> PathBuf {
     std::env::var_os(name)
         .map(PathBuf::from)
         .unwrap_or_else(|| panic!("{name} is not set: these tests are run by `cargo xtask test`"))
+}
+
+/// Numbers for choices of a test, by SplitMix64 (Steele, Lea and Flood, 2014).
+pub struct Random(u64);
+
+impl Random {
+    /// Begins at `AXOLOTL_SEED`, or somewhere; says where, so that a failing run can be repeated.
+    #[must_use]
+    pub fn new() -> Self {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_secs());
+        let seed = dose("AXOLOTL_SEED", now);
+        println!("AXOLOTL_SEED={seed}");
+        Self(seed)
+    }
+
+    /// A number below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+}
+
+impl Default for Random {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// A number that a longer run may change by the environment.

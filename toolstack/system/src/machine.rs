@@ -132,7 +132,7 @@ pub enum DiskContent {
         /// In order of their places.
         partitions: Vec<Partition>,
     },
-    /// The files that the demo guest serves. Made anew by each build.
+    /// The files that the demo guest serves. Made anew when they change.
     DemoFiles,
 }
 

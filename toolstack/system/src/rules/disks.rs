@@ -89,7 +89,11 @@ impl Rules<'_> {
         let readonly = d.readonly.as_ref().map_or(files, |readonly| *readonly.get_ref());
         if let Some(span) = d.readonly.as_ref().filter(|_| files && !readonly) {
             let message = "a writable disk with `content`";
-            return self.refuse(span.span(), message, "each build writes it anew: remove the line");
+            return self.refuse(
+                span.span(),
+                message,
+                "it is made anew when the files change: remove the line",
+            );
         }
         Ok(MachineDisk {
             model: model.to_owned(),
