@@ -152,7 +152,8 @@ impl<R: Registers> Controller<R> {
         if let Some(completion) = self.ended[usize::from(disk)].pop_front() {
             return Some(completion);
         }
-        for queue in &mut self.queues {
+        // An idle queue is not worth a look at its memory.
+        for queue in self.queues.iter_mut().filter(|queue| !queue.is_idle()) {
             while let Some(entry) = queue.rings.take(&mut self.registers) {
                 match queue.finish(&entry) {
                     Outcome::Ended(whose, completion) if whose == disk => return Some(completion),
@@ -172,7 +173,7 @@ impl<R: Registers> Controller<R> {
         let mut work = self.ended.iter().any(|ended| !ended.is_empty());
         for queue in &mut self.queues {
             queue.rings.release(&mut self.registers);
-            work |= queue.rings.has_entry();
+            work |= !queue.is_idle() && queue.rings.has_entry();
         }
         work
     }
@@ -194,6 +195,9 @@ impl<R: Registers> Controller<R> {
         }
         let report = self.look_into_failures(now_ns)?;
         for queue in &mut self.queues {
+            while queue.is_idle() && queue.rings.take(&mut self.registers).is_some() {
+                self.statistics.strays += 1;
+            }
             queue.give_again();
         }
         self.kick();

@@ -97,6 +97,12 @@ impl IoQueue {
         })
     }
 
+    /// Whether no command is under way: a completion would be of none.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        (self.free | self.waiting) + 1 == 1 << self.slots.len()
+    }
+
     /// A slot that is free.
     #[inline]
     pub fn vacant(&self) -> Option<u16> {

@@ -165,6 +165,8 @@ fn completions_of_nothing_are_counted_and_not_believed() {
     rig.model.run_with(0, Fault::Twice);
     assert_eq!(nvme.namespaces()[0].complete(), done(1));
     assert_eq!(nvme.namespaces()[0].complete(), None);
+    assert!(!nvme.arm(), "nothing that the owner could wait for");
+    assert_eq!(nvme.check(0), Ok(None));
     assert_eq!(nvme.statistics().strays, 1);
     // The next is in the same slot, with the next generation.
     let next = id + 64;

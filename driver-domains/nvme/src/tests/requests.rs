@@ -114,6 +114,7 @@ fn requests_that_no_command_can_carry_are_refused() {
     };
     let mut read = read;
     assert_eq!(read(0, 16, &[buffer(0, 0, 4096), buffer(1, 0, 4096)]), Ok(()));
+    let doorbells = rig.model.doorbells();
     let refused = Err(DiskError::Unsupported);
     assert_eq!(read(0, 0, &[]), refused, "nothing");
     assert_eq!(read(0, 8, &[]), refused, "no buffers");
@@ -128,6 +129,7 @@ fn requests_that_no_command_can_carry_are_refused() {
     assert_eq!(read(1000, 1, &[buffer(0, 0, 512)]), Err(DiskError::OutOfRange));
     assert_eq!(read(u64::MAX, 1, &[buffer(0, 0, 512)]), Err(DiskError::OutOfRange));
     assert_eq!(read(u64::MAX, 2, &[buffer(0, 0, 1024)]), Err(DiskError::OutOfRange));
+    assert_eq!(rig.model.doorbells(), doorbells, "the controller was not asked");
 }
 
 #[test]
