@@ -7,7 +7,7 @@
 //! that whoever counts processor time can look at all domains; at last it says `bench: done`.
 //!
 //! `extra`: `requests=N` sets how many requests a load makes (2000; an eighth of it for the long
-//! ones).
+//! ones), `load=NAME` leaves all loads out but one.
 
 #![no_std]
 #![no_main]
@@ -65,7 +65,8 @@ fn all<T: Target>(
 ) -> Result<(), String> {
     println!("bench: blk_ready 0 count");
     rest(domain, domain.now_ns() + REST_NS);
-    for load in &LOADS {
+    let chosen = domain.config_value("load");
+    for load in LOADS.iter().filter(|load| chosen.is_none_or(|name| name == load.name)) {
         let count = requests / load.divisor;
         run_load(domain, target, pages, load, count)?;
         println!("bench: blk_{} {count} count", load.name);
