@@ -3,7 +3,7 @@
 //! A file that is there is left alone: it holds what guests have written. One that is missing is
 //! made as the system file says, under another name until it is whole.
 
-use crate::setup;
+use crate::{image_files, project, setup};
 use gpt::GptConfig;
 use gpt::disk::LogicalBlockSize;
 use gpt::mbr::ProtectiveMBR;
@@ -41,18 +41,30 @@ pub fn provide(
 ) -> miette::Result<Vec<PathBuf>> {
     let file = |disk: &MachineDisk| {
         let directory = match place {
-            Place::AsWritten => made,
-            Place::Fresh(directory) => directory,
+            Place::Fresh(directory) if disk.content != DiskContent::DemoFiles => directory,
+            // Nobody writes demo files: one image is enough.
+            _ => made,
         };
         let path = disk.path(system_file, directory);
-        let own = path.starts_with(directory);
-        let remake = own && (disk.content == DiskContent::DemoFiles || *place != Place::AsWritten);
+        let remake = match disk.content {
+            DiskContent::DemoFiles => is_outdated(&path),
+            _ => *place != Place::AsWritten && path.starts_with(directory),
+        };
         if remake || !path.exists() {
             make(disk, &path).wrap_err_with(|| format!("cannot make {}", path.display()))?;
         }
         Ok(path)
     };
     machine.disks.iter().map(file).collect()
+}
+
+/// Whether the image of demo files is older than what it is made of, or than we, who make it.
+fn is_outdated(image: &Path) -> bool {
+    let time = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    let sources = std::fs::read_dir(project::root().join("guests/demo/files"));
+    let sources = sources.into_iter().flatten().flatten().map(|entry| entry.path());
+    let newest = sources.chain(std::env::current_exe()).filter_map(|path| time(&path)).max();
+    time(image) < newest
 }
 
 /// Makes the file of a disk.
@@ -78,7 +90,7 @@ fn make(disk: &MachineDisk, path: &Path) -> miette::Result<()> {
             partitioned(&new, *bytes, disk.sector_size.into(), partitions)?;
         }
         (DiskContent::DemoFiles, _) => {
-            std::fs::write(&new, demo_files()?).into_diagnostic()?;
+            std::fs::write(&new, image_files::demo_files()?).into_diagnostic()?;
         }
     }
     std::fs::rename(&new, path).into_diagnostic()
@@ -92,10 +104,6 @@ fn qcow2(path: &Path, bytes: u64) -> miette::Result<()> {
     let output = output.output().into_diagnostic()?;
     let said = String::from_utf8_lossy(&output.stderr);
     if output.status.success() { Ok(()) } else { Err(miette!("{}", said.trim())) }
-}
-
-fn demo_files() -> miette::Result<Vec<u8>> {
-    Err(miette!("the demo files cannot be made yet"))
 }
 
 /// Makes a raw file with a GPT, and what its partitions hold.

@@ -15,6 +15,7 @@ pub mod disks;
 pub mod doses;
 pub mod elf;
 pub mod http;
+pub mod image_files;
 pub mod interrupt;
 pub mod iso;
 pub mod lines_of_code;

@@ -63,6 +63,16 @@ impl<E: Env> FrontDisk<E> {
         &mut self.front
     }
 
+    /// The frontend, with all its buffers. Requests that have not ended are given up: to be
+    /// called when the connection has ended.
+    pub fn into_front(mut self) -> Blkfront {
+        while self.complete().is_some() {}
+        for buffer in self.buffers.into_iter().flatten() {
+            self.front.give_back(buffer);
+        }
+        self.front
+    }
+
     /// Takes the buffers of a request; `None` when one is not ours or is in use.
     fn parts(&mut self, request: &Request<'_>) -> Option<Vec<Part>> {
         let mut parts = self.spare.pop().unwrap_or_default();

@@ -13,9 +13,11 @@
 use crate::generator;
 use crate::page::{self, Status};
 use crate::request::{self, HeadError, Request};
+use crate::shelf::{Reader, Shelf, State as ShelfState};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 
 /// Bytes of an echo that are under way inside the server.
 pub const ECHO_BYTES: usize = 32 * 1024;
@@ -26,6 +28,11 @@ const SKIPPED_BYTES: u64 = 64 * 1024;
 pub trait Facts {
     /// As of now.
     fn status(&self) -> Status;
+
+    /// The files on the disk, if there is a disk.
+    fn shelf(&self) -> Option<&RefCell<Shelf>> {
+        None
+    }
 }
 
 #[derive(Debug)]
@@ -36,6 +43,8 @@ enum Body {
     Generated { at: u64, end: u64 },
     /// What the client still has to send, and what it sent.
     Echo { unread: u64, held: Vec<u8>, taken: usize },
+    /// A file of the disk.
+    File(Reader),
 }
 
 #[derive(Debug)]
@@ -43,6 +52,8 @@ enum State {
     Head(Vec<u8>),
     Answer,
     Closing,
+    /// An answer cannot be finished: the client must not take it for a whole one.
+    Broken,
 }
 
 /// A connection.
@@ -87,6 +98,12 @@ impl Connection {
         matches!(self.state, State::Closing)
     }
 
+    /// Whether the answer under way cannot be finished. The connection is to be reset.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        matches!(self.state, State::Broken)
+    }
+
     /// Whether the connection is between two requests.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -112,7 +129,7 @@ impl Connection {
             return skipped;
         }
         match &mut self.state {
-            State::Closing => bytes.len(),
+            State::Closing | State::Broken => bytes.len(),
             State::Head(_) => self.input_head(bytes, facts),
             State::Answer => self.input_body(bytes),
         }
@@ -186,6 +203,13 @@ impl Connection {
                 *taken += len;
                 len
             }
+            Body::File(reader) => {
+                let len = reader.read(buffer);
+                if reader.left() != 0 && reader.has_failed() {
+                    self.state = State::Broken;
+                }
+                len
+            }
         }
     }
 
@@ -194,6 +218,7 @@ impl Connection {
             Body::None => true,
             Body::Generated { at, end } => at == end,
             Body::Echo { unread, held, taken } => *unread == 0 && *taken == held.len(),
+            Body::File(reader) => reader.left() == 0,
         };
         let sent = self.front_sent == self.front.len() && body_done;
         if !matches!(self.state, State::Answer) || !sent || self.skip != 0 {
@@ -234,7 +259,8 @@ impl Connection {
             );
         }
         let known = matches!(request.path.as_str(), "/" | "/status.json" | "/healthz")
-            || request.path.starts_with("/bytes/");
+            || request.path.starts_with("/bytes/")
+            || (request.path.starts_with("/disk/") && facts.shelf().is_some());
         if known && !matches!(request.method.as_str(), "GET" | "HEAD") {
             return self.text(
                 405,
@@ -253,9 +279,10 @@ impl Connection {
                 self.text(200, fresh, "application/json", &body, with_body);
             }
             "/healthz" => self.text(200, fresh, "text/plain", "ok\n", with_body),
-            path => match path.strip_prefix("/bytes/") {
-                Some(number) => self.bytes(number, with_body),
-                None => self.text(404, "", "text/plain", "there is nothing here\n", with_body),
+            path => match (path.strip_prefix("/bytes/"), path.strip_prefix("/disk/")) {
+                (Some(number), _) => self.bytes(number, with_body),
+                (None, Some(name)) => self.file(name, facts.shelf(), with_body),
+                (None, None) => self.nothing(with_body),
             },
         }
     }
@@ -267,6 +294,41 @@ impl Connection {
             self.keep_alive = false; // Whatever is on its way is thrown away after the answer.
         } else {
             self.skip = length;
+        }
+    }
+
+    fn nothing(&mut self, with_body: bool) {
+        self.text(404, "", "text/plain", "there is nothing here\n", with_body);
+    }
+
+    /// A file of the disk, or the list of them.
+    fn file(&mut self, name: &str, shelf: Option<&RefCell<Shelf>>, with_body: bool) {
+        let Some(shelf) = shelf else { return self.nothing(with_body) };
+        let mut shelf = shelf.borrow_mut();
+        match shelf.state() {
+            ShelfState::Ready => {}
+            ShelfState::Opening => {
+                let later = "Retry-After: 1\r\n";
+                return self.text(
+                    503,
+                    later,
+                    "text/plain",
+                    "the disk is being opened\n",
+                    with_body,
+                );
+            }
+            ShelfState::Failed(error) => {
+                return self.text(503, "", "text/plain", &format!("{error}\n"), with_body);
+            }
+        }
+        if name.is_empty() {
+            let list = page::list(shelf.files());
+            return self.text(200, "", "text/html; charset=utf-8", &list, with_body);
+        }
+        let Some(reader) = shelf.open(name) else { return self.nothing(with_body) };
+        self.head(200, "", content_type(name), reader.left());
+        if with_body {
+            self.body = Body::File(reader);
         }
     }
 
@@ -317,6 +379,22 @@ impl Connection {
     }
 }
 
+/// By the end of the name.
+fn content_type(name: &str) -> &'static str {
+    match name.rsplit_once('.').map_or("", |(_, end)| end) {
+        "html" => "text/html; charset=utf-8",
+        "txt" | "md" => "text/plain; charset=utf-8",
+        "css" => "text/css",
+        "js" => "text/javascript",
+        "json" => "application/json",
+        "svg" => "image/svg+xml",
+        "png" => "image/png",
+        "jpg" | "jpeg" => "image/jpeg",
+        _ if name == "SHA256SUMS" => "text/plain; charset=utf-8",
+        _ => "application/octet-stream",
+    }
+}
+
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
@@ -326,6 +404,7 @@ fn reason(status: u16) -> &'static str {
         411 => "Length Required",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",
+        503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",
         _ => "Error",
     }
@@ -334,6 +413,7 @@ fn reason(status: u16) -> &'static str {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::shelf::tests::{Memory, content, pages};
     use proptest::prelude::*;
 
     pub(crate) struct Fixed;
@@ -387,6 +467,70 @@ pub(crate) mod tests {
             let answer = whole(request);
             assert!(answer.starts_with(start), "{request}: {answer}");
         }
+    }
+
+    /// Facts with a disk.
+    struct WithDisk(RefCell<Shelf>);
+
+    impl Facts for WithDisk {
+        fn status(&self) -> Status {
+            Status::default()
+        }
+
+        fn shelf(&self) -> Option<&RefCell<Shelf>> {
+            Some(&self.0)
+        }
+    }
+
+    /// The answer to one request, and whether the connection is broken.
+    fn from_disk(facts: &WithDisk, disk: &mut Memory, request: &str) -> (Vec<u8>, bool) {
+        let mut connection = Connection::new();
+        assert_eq!(connection.input(request.as_bytes(), facts), request.len());
+        let (mut out, mut buffer) = (Vec::new(), vec![0; 9999]);
+        for _ in 0..2000 {
+            facts.0.borrow_mut().poll(disk);
+            let len = connection.output(&mut buffer);
+            out.extend_from_slice(&buffer[..len]);
+        }
+        (out, connection.is_broken())
+    }
+
+    #[test]
+    fn files_come_from_the_disk_with_their_length_and_type() {
+        let files = [("big.bin", content(1 << 20)), ("a.txt", b"hello".to_vec())];
+        let mut disk = Memory::new(&files, 512);
+        let facts = WithDisk(RefCell::new(Shelf::new(pages(48))));
+        let mut get = |path: &str| {
+            let (out, broken) = from_disk(&facts, &mut disk, &format!("{path} HTTP/1.1\r\n\r\n"));
+            assert!(!broken);
+            let end = out.windows(4).position(|w| w == b"\r\n\r\n").expect("a head") + 4;
+            (String::from_utf8_lossy(&out[..end]).into_owned(), out[end..].to_vec())
+        };
+        assert!(get("GET /disk/").0.starts_with("HTTP/1.1 503 "), "not yet");
+        let (head, body) = get("GET /disk/");
+        assert!(head.starts_with("HTTP/1.1 200 "));
+        assert!(String::from_utf8_lossy(&body).contains("href=\"/disk/big.bin\""));
+        let (head, body) = get("GET /disk/big.bin");
+        assert!(head.contains("Content-Length: 1048576\r\n") && head.contains("octet-stream"));
+        assert!(body == content(1 << 20));
+        let (head, body) = get("HEAD /disk/a.txt");
+        assert!(head.contains("Content-Length: 5\r\n") && head.contains("text/plain"));
+        assert!(body.is_empty());
+        assert!(get("GET /disk/b.txt").0.starts_with("HTTP/1.1 404 "));
+        assert!(get("POST /disk/a.txt").0.starts_with("HTTP/1.1 405 "));
+        assert!(whole("GET /disk/ HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404 "), "no disk");
+    }
+
+    #[test]
+    fn an_answer_that_the_disk_cuts_short_breaks_the_connection() {
+        let mut disk = Memory::new(&[("big.bin", content(1 << 20))], 512);
+        let facts = WithDisk(RefCell::new(Shelf::new(pages(48))));
+        for _ in 0..100 {
+            facts.0.borrow_mut().poll(&mut disk);
+        }
+        disk.bad = 1000;
+        let (out, broken) = from_disk(&facts, &mut disk, "GET /disk/big.bin HTTP/1.1\r\n\r\n");
+        assert!(broken && out.len() < 1 << 20);
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! The event loop, and what the guest knows.
 
-extern crate alloc;
-
+use crate::disk::GuestDisk;
 use alloc::string::String;
+use core::cell::RefCell;
 use demo_guest::config::Config;
 use demo_guest::connection::Facts;
-use demo_guest::page::Status;
+use demo_guest::page::{DiskStatus, Status};
 use demo_guest::pauses::Pauses;
 use demo_guest::server::{RECEIVE_BUFFER, SEND_BUFFER};
+use demo_guest::shelf::Shelf;
 use demo_guest::stack::Stack;
 use frontends::netfront::{self, Netfront, Phy, Stats};
 use unikernel::{Domain, XenstoreRing, heap, log, println};
@@ -25,6 +26,8 @@ const FRAMES: netfront::Config = netfront::Config {
 /// How often unanswered requests are looked at. Nothing else wakes us for an answer, and a pause
 /// shall not look longer than it was.
 const LOOK_NS: u64 = 1_000_000;
+/// Rounds between the network and the disk before events are looked at.
+const ROUNDS: usize = 16;
 /// A broken connection to the backend is made again after this time.
 const RECONNECT_NS: u64 = 1_000_000_000;
 
@@ -45,6 +48,7 @@ struct Guest {
     store: Client<XenstoreRing>,
     front: Netfront,
     backend: DomainId,
+    disk: Option<GuestDisk>,
     stack: Stack,
     pauses: Pauses,
     started_ns: u64,
@@ -64,6 +68,7 @@ impl Guest {
             .unwrap_or_else(|errno| panic!("no network interface: {errno:?}"));
         let backend = device::find_backend(&mut store, domain.id(), DeviceKind::Vif, 0)
             .map_or(DomainId::INVALID, |device| device.backend);
+        let disk = GuestDisk::find(&domain, &mut store);
         let seed = domain.tsc() ^ domain.unix_time_ns().unwrap_or(0).rotate_left(32);
         let mac = front.mac();
         let mut env = domain.clone();
@@ -74,6 +79,7 @@ impl Guest {
             store,
             front,
             backend,
+            disk,
             stack,
             pauses: Pauses::default(),
             started_ns,
@@ -100,9 +106,17 @@ impl Guest {
     fn follow_backend(&mut self) {
         let mut env = self.domain.clone();
         while let Some(event) = self.store.next_event() {
+            if let Some(disk) = &mut self.disk
+                && disk.store_event(&mut self.store, &event)
+            {
+                continue;
+            }
             if let Err(errno) = self.front.store_event(&mut env, &mut self.store, &event) {
                 log::error!("vif 0: {errno:?}");
             }
+        }
+        if let Some(disk) = &mut self.disk {
+            disk.follow_backend(&mut self.store, RECONNECT_NS);
         }
         let connected = self.front.is_connected();
         if connected && !self.connected {
@@ -130,30 +144,51 @@ impl Guest {
         }
     }
 
-    /// Moves frames; returns the time at which to do so again even if nothing happens.
+    /// Moves frames and files; returns the time at which to do so again even if nothing happens.
     fn exchange(&mut self) -> Option<u64> {
+        let mut next_ns = self.exchange_once();
+        for round in 1..=ROUNDS {
+            let news = self.disk.as_mut().is_some_and(GuestDisk::poll);
+            if !news {
+                break;
+            }
+            // What is left after so many rounds is done when events were looked at.
+            next_ns = if round == ROUNDS { Some(0) } else { self.exchange_once() };
+        }
+        self.tell_address();
+        self.tell_first();
         let now_ns = self.domain.now_ns();
+        let look_ns = self.look_for_pauses();
+        let disk_waits = self.disk.as_mut().is_some_and(GuestDisk::is_waiting);
+        let look_disk_ns = disk_waits.then_some(now_ns + LOOK_NS);
+        let down = !self.connected || self.disk.as_mut().is_some_and(GuestDisk::is_down);
+        let reconnect_ns = down.then_some(now_ns + RECONNECT_NS);
+        [next_ns, look_ns, look_disk_ns, reconnect_ns].into_iter().flatten().min()
+    }
+
+    fn exchange_once(&mut self) -> Option<u64> {
+        let now_ns = self.domain.now_ns();
+        let started_ns = self.started_ns;
+        let disk_status = self.disk.as_mut().map(|disk| disk.status(started_ns, state_name));
         let facts = Snapshot {
             domain: &self.domain,
-            started_ns: self.started_ns,
-            uptime_ns: now_ns - self.started_ns,
+            started_ns,
+            uptime_ns: now_ns - started_ns,
             mac: self.front.mac(),
             backend_state: self.front.backend_state(),
             backend_domid: self.backend.0,
             stats: self.front.stats(),
             pauses: self.pauses,
             connects: self.connects,
+            disk_status,
+            shelf: self.disk.as_ref().and_then(GuestDisk::shelf),
         };
         let mut env = self.domain.clone();
         let mut device = Phy { front: &mut self.front, env: &mut env };
         let next_ns = self.stack.poll(&mut device, now_ns, &facts);
         // An error is kept by the frontend, see `follow_backend`.
         let _ = self.front.flush(&mut env);
-        self.tell_address();
-        self.tell_first();
-        let look_ns = self.look_for_pauses();
-        let reconnect_ns = (!self.connected).then_some(now_ns + RECONNECT_NS);
-        [next_ns, look_ns, reconnect_ns].into_iter().flatten().min()
+        next_ns
     }
 
     fn tell_address(&mut self) {
@@ -198,6 +233,8 @@ struct Snapshot<'a> {
     stats: Stats,
     pauses: Pauses,
     connects: u64,
+    disk_status: Option<DiskStatus>,
+    shelf: Option<&'a RefCell<Shelf>>,
 }
 
 impl Facts for Snapshot<'_> {
@@ -222,8 +259,13 @@ impl Facts for Snapshot<'_> {
             last_pause_at_ms: self.pauses.last_end_ns.saturating_sub(self.started_ns) / 1_000_000,
             longest_pause_us: self.pauses.longest_ns / 1000,
             connects: self.connects,
+            disk: self.disk_status.clone(),
             ..Status::default()
         }
+    }
+
+    fn shelf(&self) -> Option<&RefCell<Shelf>> {
+        self.shelf
     }
 }
 

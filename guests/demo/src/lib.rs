@@ -12,6 +12,8 @@
 //! | `GET /bytes/N`      | `N` bytes of [`generator`]                                   |
 //! | `POST`/`PUT /echo`  | the body, as it arrives; needs `Content-Length`              |
 //! | `GET /healthz`      | `ok`                                                         |
+//! | `GET /disk/`        | the files on its disk, if it has one                         |
+//! | `GET /disk/NAME`    | one of them, as it is read ([`shelf`], [`tar`])              |
 
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
@@ -26,4 +28,6 @@ pub mod pauses;
 pub mod repeats;
 pub mod request;
 pub mod server;
+pub mod shelf;
 pub mod stack;
+pub mod tar;

@@ -1,10 +1,15 @@
-//! The demo guest: a web server behind a split network driver.
+//! The demo guest: a web server behind split drivers.
 //!
 //! The server is the library `demo_guest`; here it meets the machine.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![forbid(unsafe_code)]
 
+#[cfg(target_os = "none")]
+extern crate alloc;
+
+#[cfg(target_os = "none")]
+mod disk;
 #[cfg(target_os = "none")]
 mod domain;
 

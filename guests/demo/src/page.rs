@@ -1,5 +1,6 @@
 //! What the guest tells about itself and the platform, as a page and as JSON.
 
+use crate::shelf::File;
 use alloc::format;
 use alloc::string::{String, ToString};
 use core::fmt::Write;
@@ -53,6 +54,37 @@ pub struct Status {
     pub longest_pause_us: u64,
     /// Times that the interface had to be connected.
     pub connects: u64,
+    /// Its disk, if it has one.
+    pub disk: Option<DiskStatus>,
+}
+
+/// What the guest knows of its disk.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct DiskStatus {
+    /// Domain that serves it.
+    pub backend_domid: u16,
+    /// That end's xenbus state, by name.
+    pub backend_state: &'static str,
+    /// Its size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Files on it.
+    pub files: u64,
+    /// Why there are none; empty when nothing is wrong.
+    pub trouble: String,
+    /// Requests made.
+    pub requests: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Gaps in the backend's answers.
+    pub pauses: u64,
+    /// The last one.
+    pub last_pause_us: u64,
+    /// When it ended, since the guest's start.
+    pub last_pause_at_ms: u64,
+    /// The longest one.
+    pub longest_pause_us: u64,
 }
 
 /// `bytes` as `aa:bb:...`.
@@ -74,10 +106,19 @@ fn micros(us: u64) -> String {
     format!("{}.{} ms", us / 1000, us % 1000 / 100)
 }
 
-/// The last pause, and how long ago it was.
-fn last_pause(s: &Status) -> String {
-    let ago = s.uptime_ms.saturating_sub(s.last_pause_at_ms);
-    format!("{}, {} ago", micros(s.last_pause_us), duration(ago))
+/// A pause, and how long ago it was.
+fn last_pause(us: u64, at_ms: u64, uptime_ms: u64) -> String {
+    format!("{}, {} ago", micros(us), duration(uptime_ms.saturating_sub(at_ms)))
+}
+
+/// Rows about pauses.
+fn pause_rows(count: u64, longest_us: u64, last: String) -> [(&'static str, String); 3] {
+    let known = |text| if count == 0 { "none".into() } else { text };
+    [
+        ("Pauses noticed", count.to_string()),
+        ("Longest", known(micros(longest_us))),
+        ("Last", known(last)),
+    ]
 }
 
 fn bytes(count: u64) -> String {
@@ -122,8 +163,12 @@ footer{margin-top:2rem;color:var(--soft);font-size:.9rem}code{color:var(--ink)}a
 const FOOT: &str = r#"</div><footer>Try it: start <a href="/bytes/100000000"><code>/bytes/100000000</code></a>, run
 <code>cargo axl crash net0</code> (or what your driver domain is called) meanwhile, and load this page again: the download
 goes on, with one more pause here. A pause is an answer that took over 3 ms; a busy or emulated machine has some without
-any crash. More: <a href="/status.json"><code>/status.json</code></a>, <code>curl --data-binary @file …/echo</code>.</footer></main></body></html>
-"#;
+any crash. More: <a href="/status.json"><code>/status.json</code></a>, <code>curl --data-binary @file …/echo</code>."#;
+
+const DISK_FOOT: &str = r#" The same for the disk: <a href="/disk/"><code>/disk/</code></a> and
+<code>cargo axl crash disk0</code>."#;
+
+const END: &str = "</footer></main></body></html>\n";
 
 fn section(out: &mut String, title: &str, rows: &[(&str, String)]) {
     let _ = write!(out, "<section><h2>{title}</h2><dl>");
@@ -168,23 +213,58 @@ pub fn html(s: &Status) -> String {
             ("Sent", format!("{} frames, {}", s.tx_frames, bytes(s.tx_bytes))),
         ],
     );
-    section(
-        &mut out,
-        "Its network driver",
-        &[
-            ("Domain", format!("d{}, {}", s.backend_domid, s.backend_state)),
-            ("Connected", times(s.connects)),
-            ("Pauses noticed", s.pauses.to_string()),
-            ("Longest", if s.pauses == 0 { "none".into() } else { micros(s.longest_pause_us) }),
-            ("Last", if s.pauses == 0 { "none".into() } else { last_pause(s) }),
-        ],
-    );
+    let last = last_pause(s.last_pause_us, s.last_pause_at_ms, s.uptime_ms);
+    let [pauses, longest, last] = pause_rows(s.pauses, s.longest_pause_us, last);
+    let domain = ("Domain", format!("d{}, {}", s.backend_domid, s.backend_state));
+    let rows = [domain, ("Connected", times(s.connects)), pauses, longest, last];
+    section(&mut out, "Its network driver", &rows);
+    if let Some(disk) = &s.disk {
+        disk_sections(&mut out, disk, s.uptime_ms);
+    }
     section(
         &mut out,
         "Web server",
         &[("Requests", s.requests.to_string()), ("Connections now", s.connections.to_string())],
     );
     out.push_str(FOOT);
+    if s.disk.is_some() {
+        out.push_str(DISK_FOOT);
+    }
+    out.push_str(END);
+    out
+}
+
+fn disk_sections(out: &mut String, disk: &DiskStatus, uptime_ms: u64) {
+    let files = if disk.trouble.is_empty() { disk.files.to_string() } else { disk.trouble.clone() };
+    let rows = [
+        ("Size", format!("{} ({} sectors)", bytes(disk.sectors * 512), disk.sectors)),
+        ("Files", files),
+        ("Requests", format!("{}, {} failed", disk.requests, disk.errors)),
+        ("Read", bytes(disk.read_bytes)),
+    ];
+    section(out, "Disk", &rows);
+    let last = last_pause(disk.last_pause_us, disk.last_pause_at_ms, uptime_ms);
+    let [pauses, longest, last] = pause_rows(disk.pauses, disk.longest_pause_us, last);
+    let domain = ("Domain", format!("d{}, {}", disk.backend_domid, disk.backend_state));
+    section(out, "Its disk driver", &[domain, pauses, longest, last]);
+}
+
+/// The list of files on the disk.
+#[must_use]
+pub fn list(files: &[File]) -> String {
+    let mut out = String::with_capacity(4 * 1024);
+    out.push_str(HEAD);
+    out.push_str("<h1>Files on the <b>disk</b></h1><p>Read through another domain, which can be killed at any moment.</p>");
+    out.push_str("<div class=\"grid\"><section><h2>Files</h2><dl>");
+    for file in files {
+        let name = escape(&file.name);
+        let _ = write!(
+            out,
+            "<dt><a href=\"/disk/{name}\">{name}</a></dt><dd>{}</dd>",
+            bytes(file.bytes)
+        );
+    }
+    out.push_str("</dl></section></div></main></body></html>\n");
     out
 }
 
@@ -211,7 +291,8 @@ fn quote(text: &str) -> String {
     out
 }
 
-/// The same as JSON, with the field names of [`Status`].
+/// The same as JSON, with the field names of [`Status`]; those of the disk begin with `disk_`, and
+/// are there only if there is one.
 #[must_use]
 pub fn json(s: &Status) -> String {
     let texts = [
@@ -242,15 +323,41 @@ pub fn json(s: &Status) -> String {
         ("connects", s.connects),
     ];
     let mut out = String::from("{");
-    for (name, value) in texts {
-        let _ = write!(out, "\"{name}\":{},", quote(&value));
-    }
-    for (name, value) in numbers {
-        let _ = write!(out, "\"{name}\":{value},");
+    fields(&mut out, &texts, &numbers);
+    if let Some(disk) = &s.disk {
+        disk_json(&mut out, disk);
     }
     out.pop();
     out.push_str("}\n");
     out
+}
+
+fn disk_json(out: &mut String, disk: &DiskStatus) {
+    let texts =
+        [("disk_backend_state", disk.backend_state.into()), ("disk_trouble", disk.trouble.clone())];
+    let numbers = [
+        ("disk_backend_domid", u64::from(disk.backend_domid)),
+        ("disk_sectors", disk.sectors),
+        ("disk_files", disk.files),
+        ("disk_requests", disk.requests),
+        ("disk_errors", disk.errors),
+        ("disk_read_bytes", disk.read_bytes),
+        ("disk_pauses", disk.pauses),
+        ("disk_last_pause_us", disk.last_pause_us),
+        ("disk_last_pause_at_ms", disk.last_pause_at_ms),
+        ("disk_longest_pause_us", disk.longest_pause_us),
+    ];
+    fields(out, &texts, &numbers);
+}
+
+/// Fields of an object, each with a comma behind it.
+fn fields(out: &mut String, texts: &[(&str, String)], numbers: &[(&str, u64)]) {
+    for (name, value) in texts {
+        let _ = write!(out, "\"{name}\":{},", quote(value));
+    }
+    for (name, value) in numbers {
+        let _ = write!(out, "\"{name}\":{value},");
+    }
 }
 
 #[cfg(test)]
@@ -271,6 +378,7 @@ mod tests {
             page.contains("10.0.2.15/24") && page.contains("<dt>Pauses noticed</dt><dd>3</dd>")
         );
         assert!(!page.contains("http") && !page.contains("src=") && page.len() < 8 * 1024);
+        assert!(!page.contains("disk"), "there is none");
     }
 
     #[test]

@@ -186,9 +186,10 @@ impl Slot {
             socket.close();
         }
         let idle = now_ns.saturating_sub(self.moved_ns) > IDLE_NS;
-        if idle {
+        let cut = idle || self.connection.is_broken();
+        if cut {
             socket.abort();
         }
-        idle
+        cut
     }
 }

@@ -5,8 +5,10 @@ use crate::connection::Facts;
 use crate::page::Status;
 use crate::repeats::WithoutRepeats;
 use crate::server::Server;
+use crate::shelf::Shelf;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use smoltcp::iface::{self, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::Device;
 use smoltcp::socket::dhcpv4;
@@ -159,6 +161,10 @@ impl<F: Facts> Facts for WithNetwork<'_, F> {
             connections: self.connections as u64,
             ..self.facts.status()
         }
+    }
+
+    fn shelf(&self) -> Option<&RefCell<Shelf>> {
+        self.facts.shelf()
     }
 }
 
