@@ -150,6 +150,30 @@ impl Mmio {
         // SAFETY: inside the BAR, by the line above.
         unsafe { self.base.byte_add(offset as usize) }
     }
+
+    fn half_register(&self, offset: u32) -> *mut u16 {
+        assert!(
+            offset.is_multiple_of(2) && offset <= self.bytes - 2,
+            "register {offset:#x} is outside"
+        );
+        // SAFETY: inside the BAR, by the line above.
+        unsafe { self.base.byte_add(offset as usize) }.cast()
+    }
+
+    /// Reads the 16-bit register at byte `offset`.
+    #[must_use]
+    pub fn read_u16(&self, offset: u32) -> u16 {
+        let register = self.half_register(offset);
+        // SAFETY: as for `read`.
+        unsafe { register.read_volatile() }
+    }
+
+    /// Writes it.
+    pub fn write_u16(&mut self, offset: u32, value: u16) {
+        let register = self.half_register(offset);
+        // SAFETY: as for `write`.
+        unsafe { register.write_volatile(value) };
+    }
 }
 
 impl Registers for Mmio {

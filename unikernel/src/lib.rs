@@ -37,6 +37,8 @@ pub mod heap;
 pub mod hypercall;
 mod ports;
 mod start;
+#[cfg(feature = "virtio")]
+pub mod virtio;
 mod watchdog;
 mod xenstore;
 

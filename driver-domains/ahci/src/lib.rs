@@ -10,9 +10,9 @@
 //!
 //! # Ports are disks
 //!
-//! Port `n` is disk `n` of the slice that [`Ahci::disks`] returns, whatever is on it: a disk that
-//! is missing after a restart must not give its number to another one. A port without a disk has no
-//! sectors and refuses all requests.
+//! Port `n` is disk `n` of the slice that [`Ahci::disks`] returns, whatever is on the ports before
+//! it: a disk that is missing after a restart must not give its number to another one. A port
+//! without a disk has no sectors and refuses all requests; those behind the last disk are left out.
 //!
 //! # Restarting costs next to nothing
 //!
@@ -97,15 +97,17 @@ impl core::error::Error for Hang {}
 pub struct Ahci<R, C> {
     registers: R,
     ports: Vec<Port<R, C>>,
+    /// How many of them there are up to the last disk.
+    served: usize,
     /// Its interrupt is unmasked, and nothing has been raised since.
     armed: bool,
 }
 
 impl<R: Registers, C: Clock> Ahci<R, C> {
-    /// All ports, by number.
+    /// The ports by number, up to the last one with a disk.
     #[must_use]
     pub fn disks(&mut self) -> &mut [Port<R, C>] {
-        &mut self.ports
+        &mut self.ports[..self.served]
     }
 
     /// Handles a message of the adapter: what has ended can be had from the disks afterwards. No

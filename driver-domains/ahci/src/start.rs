@@ -109,7 +109,9 @@ impl<R: Registers + Clone, C: Clock + Clone> Ahci<R, C> {
         }
         registers.write(reg::IS, u32::MAX);
         registers.write(reg::GHC, reg::GHC_AE | reg::GHC_IE);
-        Ok(Self { registers, ports, armed: true })
+        let last = ports.iter().rposition(|port| port.disk().is_some());
+        let served = last.map_or(0, |last| last + 1);
+        Ok(Self { registers, ports, served, armed: true })
     }
 }
 

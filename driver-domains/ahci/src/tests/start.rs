@@ -16,6 +16,7 @@ fn a_start_finds_disks_at_the_numbers_of_their_ports() {
     let disks = [None, Some(ModelDisk::new(1000, 512)), Some(cd), Some(ModelDisk::new(50, 4096))];
     let model = Model::new(Adapter::default(), disks);
     let mut driver = started(&model);
+    assert_eq!(started(&Model::with(ModelDisk::new(9, 512))).disks().len(), 1);
     let sectors: Vec<u64> = driver.disks().iter().map(|d| d.geometry().sectors).collect();
     assert_eq!(sectors, [0, 1000, 0, 400]);
     let large = *driver.disks()[3].geometry();
@@ -31,8 +32,8 @@ fn a_start_finds_disks_at_the_numbers_of_their_ports() {
 
 #[test]
 fn a_disk_that_is_not_there_refuses_all() {
-    let model = Model::new(Adapter::default(), [None, None, None, None]);
-    let mut bench = Bench::new(model);
+    let disks = [None, Some(ModelDisk::new(64, 512)), None, None];
+    let mut bench = Bench::new(Model::new(Adapter::default(), disks));
     let tag = bench.transfer(Operation::Read, 0, 8, 0).expect("room for one");
     assert!(bench.transfer(Operation::Read, 0, 8, 0).is_none());
     assert_eq!(bench.complete(), Some(Completion { tag, result: Err(DiskError::Aborted) }));
