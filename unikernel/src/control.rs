@@ -10,8 +10,8 @@ use axolotl_abi::CONTROL_OP;
 use axolotl_abi::control::{
     ASSIGN_DEVICE, AssignDevice, CONSOLE_READ, CRASH, CREATE, ConsoleRead, Create, DESTROY,
     DeathRecord, DomainInfo, DomainOp, GET_DEATH, GET_INFO, GET_PCI_FUNCTION, GetDeath, LOAD, Load,
-    PAUSE, PHYSINFO, POPULATE, PciFunction, PhysInfo, Populate, RESTART, SET_GRANT, SET_START,
-    SetGrant, SetStart, UNPAUSE,
+    PAUSE, PHYSINFO, POPULATE, PciFunction, PhysInfo, Populate, RESTART, SET_GRANT, SET_HVM_PARAM,
+    SET_START, SetGrant, SetHvmParam, SetStart, UNPAUSE,
 };
 use xen_abi::event::{ALLOC_UNBOUND, AllocUnbound};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
@@ -99,6 +99,14 @@ pub fn set_grant(
     gfn: Gfn,
 ) -> Result<(), Errno> {
     call(SET_GRANT, &mut SetGrant { domid, grantee, gref, gfn: gfn.0 })
+}
+
+/// Sets a parameter of a PVH domain that is being built.
+///
+/// # Errors
+/// `EINVAL` or `EPERM` when there is no such parameter, or it is no PVH domain.
+pub fn set_hvm_param(domid: DomainId, index: u32, value: u64) -> Result<(), Errno> {
+    call(SET_HVM_PARAM, &mut SetHvmParam { domid, pad: 0, index, value })
 }
 
 /// Makes a port in a domain that we built, for `remote` to bind to.

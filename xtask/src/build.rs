@@ -1,14 +1,14 @@
 //! Builds everything that a system needs, and puts its bootable image together.
 
 use crate::bundle::{self, NamedImage};
-use crate::{elf, project, setup};
+use crate::{elf, guest_kernel, project, setup};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use miette::{Context, IntoDiagnostic, Report, miette};
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use system::Compiled;
+use system::{Compiled, Program};
 
 /// The package of the hypervisor.
 const CORE: &str = "hv-x86";
@@ -54,11 +54,16 @@ pub fn build(file: &Path) -> miette::Result<Built> {
     display.done(0, std::fs::metadata(&core).into_diagnostic()?.len());
     let mut images = Vec::new();
     for (index, name) in compiled.images.iter().enumerate() {
-        let program = compile(name, &display.bars[index + 1])?;
-        let bytes = elf::flatten_file(&program)?;
+        let bytes = match Program::of(name) {
+            Program::Package(package) => {
+                elf::flatten_file(&compile(package, &display.bars[index + 1])?)?
+            }
+            Program::Kernel(path) => guest_kernel::kernel(file, path)?,
+            Program::Ramdisk(path) => guest_kernel::ramdisk(file, path)?,
+        };
         compiled.check_image(index, &bytes).map_err(|error| Report::new(*error))?;
         display.done(index + 1, bytes.len() as u64);
-        images.push(NamedImage { name: name.clone(), bytes });
+        images.push(NamedImage { name: guest_kernel::short_name(name), bytes });
     }
     write(file, compiled, &core, &images)
 }

@@ -14,6 +14,7 @@ pub mod console;
 pub mod disks;
 pub mod doses;
 pub mod elf;
+pub mod guest_kernel;
 pub mod http;
 pub mod image_files;
 pub mod interrupt;

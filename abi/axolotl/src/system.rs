@@ -85,6 +85,17 @@ pub struct Domain {
     pub disks: Vec<Disk>,
     /// `extra` of the system file: free text for the domain, handed over as its configuration.
     pub extra: String,
+    /// Its image is a kernel of its own, which runs under hardware virtualization.
+    pub kernel: Option<Kernel>,
+}
+
+/// What a kernel gets beside memory.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Kernel {
+    /// Index of the flat image, of one segment, whose bytes are its ramdisk.
+    pub ramdisk: Option<u32>,
+    /// Its command line.
+    pub cmdline: String,
 }
 
 /// What happens to a domain that ended.

@@ -7,12 +7,15 @@
 
 extern crate alloc;
 
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use axolotl_abi::control::{
     ASSIGN_DMA_TRUSTED, Create, DeathRecord, DomainInfo, PciFunction, PhysInfo, Populate, SetStart,
 };
 use control::uart::{Ports, Uart};
 use control::{Control, Hypervisor, Setup, Wake};
+use shmem::bytes::{ByteRing, CONSOLE_IN, CONSOLE_OUT};
+use unikernel::domain_api::{Access, Events, Grants, MappedGrant};
 use unikernel::{Domain, SerialPort, XenstoreRing};
 use xen_abi::event::{VIRQ_CON_RING, VIRQ_CONSOLE, VIRQ_DOM_EXC};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
@@ -20,8 +23,39 @@ use xenbus::Transport;
 
 unikernel::main!(run);
 
-/// The core, by hypercalls.
-struct Core(Domain);
+/// The core, by hypercalls, and the console rings of guests.
+struct Core {
+    domain: Domain,
+    consoles: BTreeMap<u16, Console>,
+}
+
+/// The console ring of a guest, as far as we have it.
+struct Console {
+    ring: ByteRing,
+    mapping: MappedGrant,
+    port: EventPort,
+}
+
+/// The reserved grant of a console ring.
+const CONSOLE_GRANT: GrantRef = GrantRef(0);
+
+impl Core {
+    /// Maps a guest's console ring and binds to its port.
+    fn attach(&mut self, domid: DomainId, port: EventPort) -> Result<Console, Errno> {
+        let mapping = self.domain.map(domid, CONSOLE_GRANT, Access::ReadWrite);
+        let mapping = mapping.map_err(|_| Errno::EIO)?;
+        match self.domain.bind_interdomain(domid, port) {
+            Ok(port) => {
+                let ring = ByteRing::attach(mapping.page.clone(), CONSOLE_IN, CONSOLE_OUT);
+                Ok(Console { ring, mapping, port })
+            }
+            Err(errno) => {
+                self.domain.unmap(mapping);
+                Err(errno)
+            }
+        }
+    }
+}
 
 impl Hypervisor for Core {
     fn create(&mut self, domain: &Create) -> Result<DomainId, Errno> {
@@ -49,6 +83,37 @@ impl Hypervisor for Core {
         gfn: u64,
     ) -> Result<(), Errno> {
         unikernel::control::set_grant(domid, gref, grantee, Gfn(gfn))
+    }
+
+    fn set_hvm_param(&mut self, domid: DomainId, index: u32, value: u64) -> Result<(), Errno> {
+        unikernel::control::set_hvm_param(domid, index, value)
+    }
+
+    fn console_ring(
+        &mut self,
+        domid: DomainId,
+        port: EventPort,
+        buffer: &mut [u8],
+    ) -> Result<usize, Errno> {
+        if !self.consoles.contains_key(&domid.0) {
+            let console = self.attach(domid, port)?;
+            self.consoles.insert(domid.0, console);
+        }
+        let console = self.consoles.get_mut(&domid.0).ok_or(Errno::EIO)?;
+        // Counters that cannot be are the guest's own loss.
+        let len = console.ring.read(buffer).map_err(|_| Errno::EIO)?;
+        if len > 0 {
+            self.domain.notify(console.port);
+        }
+        Ok(len)
+    }
+
+    fn leave_console(&mut self, domid: DomainId) {
+        if let Some(Console { ring, mapping, port }) = self.consoles.remove(&domid.0) {
+            self.domain.close(port);
+            drop(ring);
+            self.domain.unmap(mapping);
+        }
     }
 
     fn unpause(&mut self, domid: DomainId) -> Result<(), Errno> {
@@ -119,7 +184,7 @@ impl Hypervisor for Core {
     }
 
     fn now_ns(&self) -> u64 {
-        self.0.now_ns()
+        self.domain.now_ns()
     }
 }
 
@@ -168,12 +233,12 @@ fn bind(domain: &Domain, virq: u32) -> EventPort {
 fn run(domain: Domain) {
     let deaths = bind(&domain, VIRQ_DOM_EXC);
     let consoles = bind(&domain, VIRQ_CON_RING);
-    bind(&domain, VIRQ_CONSOLE);
+    let serial = Some(bind(&domain, VIRQ_CONSOLE));
     let ring = domain.xenstore().ok();
     let store_port = ring.as_ref().map_or(EventPort(0), XenstoreRing::port);
     let setup = Setup {
         bundle: domain.bundle(),
-        hypervisor: Core(domain.clone()),
+        hypervisor: Core { domain: domain.clone(), consoles: BTreeMap::new() },
         store: StoreRing(ring),
         store_port,
     };
@@ -194,7 +259,8 @@ fn run(domain: Domain) {
         wake = Wake::default();
         for port in domain.wait(deadline) {
             wake.domains |= port == deaths;
-            wake.consoles |= port == consoles;
+            // What is none of these may be a guest's console; a look too many does no harm.
+            wake.consoles |= port == consoles || port != deaths && Some(port) != serial;
             // The serial port and the store are looked at in every turn.
         }
     }

@@ -118,6 +118,10 @@ fn check(system: &System, images: usize) -> Result<(), BundleError> {
             "there is no driver to find"
         } else if domain.image != FIND_DRIVER && domain.image as usize >= images {
             "there is no such image"
+        } else if ramdisk(domain).is_some_and(|index| index as usize >= images) {
+            "there is no such ramdisk"
+        } else if domain.kernel.is_some() && domain.role != Role::Guest {
+            "only a guest has a kernel of its own"
         } else if !backends(domain).all(is_driver) {
             "its backend is not a driver domain"
         } else if !disks_are_sound(domain) {
@@ -146,4 +150,9 @@ fn disks_are_sound(domain: &Domain) -> bool {
             && is_volume(&disk.volume)
             && disk.backing.as_deref().is_none_or(is_volume)
     })
+}
+
+/// The image of a domain's ramdisk.
+fn ramdisk(domain: &Domain) -> Option<u32> {
+    domain.kernel.as_ref()?.ramdisk
 }

@@ -410,6 +410,9 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         };
         // Before the next incarnation writes into the same ring.
         self.read_console(at);
+        if self.domains[at].console_port.take().is_some() {
+            self.hv.leave_console(domid);
+        }
         let managed = &mut self.domains[at];
         managed.tail_at_death = managed.console.tail();
         let decision = managed.history.decide(&managed.domain, &death, now);
@@ -547,6 +550,15 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
                 break;
             }
         }
+        let Some(port) = managed.console_port else { return };
+        while let Ok(len @ 1..) = self.hv.console_ring(managed.domid, port, &mut buffer) {
+            let bytes = buffer.get(..len).unwrap_or(&[]);
+            managed.console.feed(&managed.domain.name, bytes, now, &mut self.out);
+            share = share.saturating_sub(len);
+            if share == 0 {
+                break;
+            }
+        }
     }
 
     /// The place of the domain named `name`.
@@ -588,7 +600,8 @@ fn managed<'b>(bundle: &Bundle<'b>) -> Vec<Managed<'b>> {
                 index => Program::Image(image(index)),
             };
             let splits = tree::splits(domain, domid, id_of);
-            Managed::new(domain.clone(), domid, program, splits)
+            let ramdisk = domain.kernel.as_ref().and_then(|kernel| kernel.ramdisk).map(image);
+            Managed::new(domain.clone(), domid, program, ramdisk, splits)
         })
         .collect()
 }

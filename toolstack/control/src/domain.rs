@@ -3,6 +3,7 @@
 use crate::console::Console;
 use crate::hypervisor::{Hypervisor, until_done};
 use crate::plan::{Plan, config_bytes};
+use crate::pvh::{CONSOLE_GPA, Layout, XENSTORE_GPA, acpi_gpa, charged_pages};
 use crate::supervision::History;
 use crate::tree::Split;
 use alloc::format;
@@ -10,20 +11,27 @@ use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
 use axolotl_abi::control::{
-    CLASS_DRIVER, CLASS_GUEST, Create, KIND_UNIKERNEL, PciFunction, Populate, SetStart,
+    CLASS_DRIVER, CLASS_GUEST, Create, KIND_PVH, KIND_UNIKERNEL, POPULATE_MISSING, PciFunction,
+    Populate, SetStart,
 };
 use axolotl_abi::drivers::{self, Driver};
+use axolotl_abi::image::{ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE};
 use axolotl_abi::start::{
     MMIO_GPA, STACK_TOP_GPA, START_INFO_GPA, START_MAGIC, StartInfo, XENSTORE_RING_GPA,
 };
 use axolotl_abi::system::{Dma, Domain, Role};
 use core::mem::size_of;
+use xen_abi::hvm::params;
 use xen_abi::xenstore::{CONNECTION, RECONNECT};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
 use zerocopy::IntoBytes;
 
 /// The store domain's id, fixed.
 pub(crate) const STORE: DomainId = DomainId(1);
+/// The control domain itself, to which consoles go.
+const CONTROL: DomainId = DomainId(0);
+/// The reserved grant of the console ring.
+const CONSOLE_GRANT: GrantRef = GrantRef(0);
 /// The reserved grant of the xenstore ring.
 const XENSTORE_GRANT: GrantRef = GrantRef(1);
 
@@ -81,6 +89,11 @@ pub(crate) struct Managed<'b> {
     /// What it runs, once it was built.
     image: &'b [u8],
     plan: Option<Plan>,
+    /// The ramdisk of a domain with a kernel of its own.
+    ramdisk: Option<&'b [u8]>,
+    layout: Option<Layout>,
+    /// Its console ring's port, as it has it.
+    pub(crate) console_port: Option<EventPort>,
 }
 
 /// What a domain runs.
@@ -104,6 +117,7 @@ impl<'b> Managed<'b> {
         domain: Domain,
         domid: DomainId,
         program: Program<'b>,
+        ramdisk: Option<&'b [u8]>,
         splits: Vec<Split>,
     ) -> Self {
         Self {
@@ -121,6 +135,9 @@ impl<'b> Managed<'b> {
             program,
             image: &[],
             plan: None,
+            ramdisk,
+            layout: None,
+            console_port: None,
         }
     }
 
@@ -135,6 +152,9 @@ impl<'b> Managed<'b> {
         store_port: EventPort,
     ) -> Result<Option<EventPort>, BuildError> {
         self.image = self.choose(hv)?;
+        if self.domain.kernel.is_some() {
+            return self.build_pvh(hv);
+        }
         let config = config_bytes(&self.domain).max(4);
         let (memory, preserved) = (self.domain.memory_pages, self.domain.preserved_pages);
         let plan = Plan::new(self.image, memory, preserved, config)
@@ -187,18 +207,72 @@ impl<'b> Managed<'b> {
 
     fn create<H: Hypervisor>(&self, hv: &mut H) -> Result<(), BuildError> {
         let class = if self.domain.role == Role::Guest { CLASS_GUEST } else { CLASS_DRIVER };
+        let (is_pvh, memory) = (self.domain.kernel.is_some(), self.domain.memory_pages);
         let create = Create {
             name: padded(&self.domain.name),
             domid: self.domid,
-            kind: KIND_UNIKERNEL,
+            kind: if is_pvh { KIND_PVH } else { KIND_UNIKERNEL },
             class,
             rights: 0,
-            max_pages: self.domain.memory_pages,
+            max_pages: if is_pvh { charged_pages(memory) } else { memory },
             budget_us: self.domain.budget_us,
             period_us: self.domain.period_us,
-            vcpus: 1,
+            vcpus: if is_pvh { self.domain.vcpus } else { 1 },
         };
-        hv.create(&create).map(drop).map_err(at("creating it"))
+        hv.create(&create).map(drop).map_err(|errno| match errno {
+            Errno::ENODEV if is_pvh => BuildError {
+                what: "this machine cannot run kernels: the core's messages say why".into(),
+                errno,
+            },
+            _ => at("creating it")(errno),
+        })
+    }
+
+    /// The same as [`Self::build`] for a domain with a kernel of its own.
+    fn build_pvh<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Option<EventPort>, BuildError> {
+        let Domain { memory_pages, vcpus, kernel, .. } = &self.domain;
+        let cmdline = kernel.as_ref().map_or("", |kernel| kernel.cmdline.as_str());
+        let layout = Layout::new(self.image, self.ramdisk, cmdline, *memory_pages, *vcpus)
+            .map_err(|error| BuildError { what: format!("{error}"), errno: Errno::EINVAL })?;
+        self.create(hv)?;
+        self.layout = Some(layout);
+        self.fill_pvh(hv)
+    }
+
+    /// Memory, images, tables, rings and registers of a domain with a kernel of its own.
+    fn fill_pvh<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Option<EventPort>, BuildError> {
+        let Some(layout) = &self.layout else { return Err(at("its layout")(Errno::EINVAL)) };
+        let domid = self.domid;
+        for &(gfn, count) in &layout.regions {
+            let access = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
+            let flags = POPULATE_MISSING;
+            let mut populate = Populate { domid, pad: 0, access, flags, count, gfn, done: 0 };
+            until_done(|| hv.populate(&mut populate)).map_err(at("memory"))?;
+        }
+        for load in &layout.loads {
+            let from = if load.of_ramdisk { self.ramdisk.unwrap_or(&[]) } else { self.image };
+            let bytes = from.get(load.bytes.clone()).unwrap_or(&[]);
+            hv.load(domid, load.gpa, bytes).map_err(at("its image"))?;
+        }
+        hv.load(domid, layout.start_info, &layout.block).map_err(at("its start info"))?;
+        hv.load(domid, acpi_gpa(), &layout.acpi).map_err(at("its tables"))?;
+        let rings = [
+            (STORE, XENSTORE_GRANT, XENSTORE_GPA, params::STORE_PFN, params::STORE_EVTCHN),
+            (CONTROL, CONSOLE_GRANT, CONSOLE_GPA, params::CONSOLE_PFN, params::CONSOLE_EVTCHN),
+        ];
+        let mut ports = [EventPort(0); 2];
+        for ((with, gref, gpa, page, event), port) in rings.into_iter().zip(&mut ports) {
+            *port = hv.alloc_unbound(domid, with).map_err(at("a ring's port"))?;
+            hv.set_grant(domid, with, gref, gpa / 4096).map_err(at("a ring"))?;
+            hv.set_hvm_param(domid, page, gpa / 4096).map_err(at("a ring's place"))?;
+            hv.set_hvm_param(domid, event, port.0.into()).map_err(at("a ring's port"))?;
+        }
+        let (entry, argument) = (layout.entry, layout.start_info);
+        let start = SetStart { domid, pad: [0; 3], entry, stack: 0, argument };
+        hv.set_start(&start).map_err(at("its registers"))?;
+        self.console_port = Some(ports[1]);
+        self.is_built = true;
+        Ok(Some(ports[0]))
     }
 
     /// Restarts it in the core and fills it again, so that it can be started. Its memory stays.
@@ -208,6 +282,9 @@ impl<'b> Managed<'b> {
         store_port: EventPort,
     ) -> Result<Option<EventPort>, BuildError> {
         until_done(|| hv.restart(self.domid)).map_err(at("restart"))?;
+        if self.layout.is_some() {
+            return self.fill_pvh(hv);
+        }
         self.fill(hv, store_port)
     }
 

@@ -217,6 +217,16 @@ impl Hypervisor for FakeCore {
         Ok(())
     }
 
+    fn console_ring(&mut self, _: DomainId, _: EventPort, _: &mut [u8]) -> Result<usize, Errno> {
+        Ok(0)
+    }
+
+    fn leave_console(&mut self, _: DomainId) {}
+
+    fn set_hvm_param(&mut self, domid: DomainId, _index: u32, _value: u64) -> Result<(), Errno> {
+        self.note("set_hvm_param", domid)
+    }
+
     fn set_grant(
         &mut self,
         domid: DomainId,
@@ -445,6 +455,7 @@ pub fn system() -> System {
         disks: vec![],
         vifs: Vec::new(),
         extra: String::new(),
+        kernel: None,
     };
     let mut net0 = domain("net0", Role::Driver, 2);
     net0.devices.push(Device { bdf: 0x10, dma: Dma::Trusted });

@@ -28,6 +28,18 @@ pub trait Hypervisor {
         gref: GrantRef,
         gfn: u64,
     ) -> Result<(), Errno>;
+    /// `SET_HVM_PARAM`.
+    fn set_hvm_param(&mut self, domid: DomainId, index: u32, value: u64) -> Result<(), Errno>;
+    /// Bytes that a PVH guest wrote to its console ring since the last time: how many. Where the
+    /// ring is not reached yet, it is by the reserved grant and this port of the guest's.
+    fn console_ring(
+        &mut self,
+        domid: DomainId,
+        port: EventPort,
+        buffer: &mut [u8],
+    ) -> Result<usize, Errno>;
+    /// Lets go of a console ring, because its domain ended.
+    fn leave_console(&mut self, domid: DomainId);
     /// `UNPAUSE`.
     fn unpause(&mut self, domid: DomainId) -> Result<(), Errno>;
     /// `PAUSE`, once.

@@ -24,6 +24,7 @@ pub mod fake;
 mod hypervisor;
 pub mod names;
 pub mod plan;
+mod pvh;
 mod requests;
 mod store;
 mod supervision;

@@ -12,6 +12,7 @@ mod error;
 mod explain;
 mod machine;
 mod names;
+mod program;
 mod rules;
 mod schema;
 
@@ -22,8 +23,9 @@ pub use machine::{
     Protocol,
 };
 pub use names::{bdf_text, mac_text};
+pub use program::Program;
 
-use axolotl_abi::image::ImageHeader;
+use axolotl_abi::image::{ImageHeader, Segment};
 use axolotl_abi::system::{FIND_DRIVER, System};
 use control::plan;
 use error::Source;
@@ -37,8 +39,8 @@ pub struct Compiled {
     pub machine: Machine,
     /// What the control domain builds.
     pub system: System,
-    /// Packages of the images; [`axolotl_abi::system::Domain::image`] is an index, 0 is the
-    /// control domain.
+    /// What the images are made from, see [`Program::of`]; [`axolotl_abi::system::Domain::image`]
+    /// is an index, 0 is the control domain.
     pub images: Vec<String>,
     /// Pages of memory of the control domain.
     pub control_pages: u32,
@@ -96,7 +98,12 @@ impl Compiled {
         for (at, domain) in self.system.domains.iter().enumerate() {
             let found = domain.image == FIND_DRIVER
                 && self.system.drivers.iter().any(|driver| driver.image as usize == index);
-            if domain.image as usize == index || found {
+            if domain.image as usize == index && domain.kernel.is_some() {
+                let end = |s: &Segment| s.gfn.saturating_add(s.pages.into());
+                let end = segments.iter().map(end).max().unwrap_or(0);
+                let needed = u32::try_from(end).unwrap_or(u32::MAX);
+                self.enough(&domain.name, domain.memory_pages, needed, at)?;
+            } else if domain.image as usize == index || found {
                 let config = plan::config_bytes(domain);
                 let needed = plan::needed_pages(image_pages, domain.preserved_pages, config);
                 self.enough(&domain.name, domain.memory_pages, needed, at)?;

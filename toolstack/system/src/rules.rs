@@ -6,6 +6,7 @@
 mod devices;
 mod disks;
 mod guests;
+mod kernels;
 
 use crate::error::{Source, SystemError};
 use crate::machine::{HostForward, Machine, MachineNic, NicNet};
@@ -18,6 +19,7 @@ use axolotl_abi::system::{
 use control::plan;
 use devices::Served;
 use guests::{Once, Users};
+use kernels::MAX_VCPUS;
 use std::ops::Range;
 use toml::Spanned;
 
@@ -295,14 +297,21 @@ impl Rules<'_> {
             let image = match drivers[at] {
                 Some(Chosen::Found) => FIND_DRIVER,
                 Some(Chosen::Known(driver)) => index_of(images, driver.package),
-                None => index_of(images, self.package(d, *role, domain.span())?),
+                None => match self.kernel_image(d, *role)? {
+                    Some(image) => index_of(images, &image),
+                    None => index_of(images, self.package(d, *role, domain.span())?),
+                },
             };
+            let kernel = self.kernel(d, images)?;
             let name = d.name.get_ref();
             let preserved_pages = self.preserved(d, drivers[at], Served::by(name, file))?;
             let extra = self.extra(d)?;
             let memory = Some(&d.memory);
             let span = domain;
-            let memory_pages = self.memory(name, memory, span, 0, preserved_pages, extra.len())?;
+            let memory_pages = match &kernel {
+                Some(_) => self.kernel_memory(&d.memory)?,
+                None => self.memory(name, memory, span, 0, preserved_pages, extra.len())?,
+            };
             let (budget_us, period_us) = self.budget(d, *role)?;
             domains.push(Domain {
                 name: name.clone(),
@@ -321,6 +330,7 @@ impl Rules<'_> {
                 vifs: self.vifs(d, &places, &mut macs)?,
                 disks: self.disks(d, &places, &mut users)?,
                 extra,
+                kernel,
             });
         }
         Ok(domains)
@@ -458,6 +468,7 @@ impl Rules<'_> {
 
     fn vcpus(&self, d: &schema::Domain) -> Checked<u32> {
         match &d.vcpus {
+            Some(vcpus) if d.kernel.is_some() => self.within("vcpus", vcpus, 1, MAX_VCPUS),
             Some(vcpus) if *vcpus.get_ref() != 1 => self.refuse(
                 vcpus.span(),
                 format!("`{}` has {} vcpus", d.name.get_ref(), vcpus.get_ref()),

@@ -29,6 +29,8 @@ const EFER_LONG_ACTIVE: u64 = 1 << 10;
 /// SYSCALL, long mode, no-execute, fast FXSR.
 const EFER_KNOWN: u64 = 1 | EFER_LONG_MODE | EFER_LONG_ACTIVE | 1 << 11 | 1 << 14;
 const CR0_PAGING: u64 = 1 << 31;
+/// The TSC counts at the highest frequency always.
+const STEADY_TSC: u64 = 1 << 24;
 /// LFENCE is serializing.
 const DECODE_VALUE: u64 = 2;
 
@@ -81,7 +83,8 @@ impl<P: Platform> Core<P> {
             X2APIC..0x900 if virt.lapic.is_wide() => virt.lapic.read(msr - X2APIC, v.index)?,
             PATCH_LEVEL => 1,
             MTRR_CAPACITY => 0x508,
-            HYPERCALL_PAGE_MSR | SYSTEM_CONFIG | HARDWARE_CONFIG | NORTHBRIDGE => 0,
+            HARDWARE_CONFIG => STEADY_TSC,
+            HYPERCALL_PAGE_MSR | SYSTEM_CONFIG | NORTHBRIDGE => 0,
             PERFORMANCE..=0xc001_0007 => 0,
             DECODE_CONFIG => DECODE_VALUE,
             _ => *self.me_mut(v.domain).pvh.as_mut()?.memory_types.place(msr)?,
