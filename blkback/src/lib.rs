@@ -28,6 +28,7 @@ extern crate alloc;
 
 pub mod gpt;
 mod grants;
+mod image;
 mod link;
 mod open;
 mod plane;
@@ -43,6 +44,7 @@ pub mod volume;
 use crate::open::VolumeState;
 use crate::plane::Plane;
 use crate::preserved::{Preserved, VbdId};
+use crate::tags::Pool;
 use crate::vbd::Vbd;
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -138,13 +140,14 @@ pub struct Blkback {
 
 impl Blkback {
     /// A backend in the domain `own`, with the preserved pages as the last incarnation left them,
-    /// divided by [`preserved::split`].
+    /// divided by [`preserved::split`]. No disk may still do what that one wanted.
     #[must_use]
     pub fn new(own: DomainId, preserved: Vec<Page>, bounce: Vec<DmaPage>) -> Self {
+        let mut pool = Pool::new(bounce);
         Self {
             own,
-            preserved: Preserved::new(preserved),
-            plane: Plane::new(bounce),
+            preserved: Preserved::new(preserved.into_iter().next(), &mut pool),
+            plane: Plane::new(pool),
             vbds: BTreeMap::new(),
             ports: BTreeMap::new(),
         }
@@ -164,7 +167,7 @@ impl Blkback {
     ) -> Result<(), Errno> {
         self.rescan(env, store)?;
         // What needs no reading is open at once.
-        self.plane.open_volumes(disks);
+        self.plane.open_volumes(&mut self.preserved, disks);
         self.settle(env, store, disks)?;
         store.watch(BACKEND_ROOT, BACKEND_TOKEN)
     }
@@ -195,7 +198,7 @@ impl Blkback {
         } else {
             return Ok(false);
         }
-        self.plane.open_volumes(disks);
+        self.plane.open_volumes(&mut self.preserved, disks);
         self.settle(env, store, disks)?;
         Ok(true)
     }
@@ -217,7 +220,7 @@ impl Blkback {
     /// Call it after events of vbds, after interrupts of the disks, after [`Self::start`],
     /// [`Self::store_event`] and [`Self::settle`], and again while it has more work.
     pub fn poll<E: Env, D: Disk>(&mut self, env: &mut E, disks: &mut [D]) -> Progress {
-        self.plane.poll(env, disks)
+        self.plane.poll(env, &mut self.preserved, disks)
     }
 
     /// Does in the store what the last rounds left to do: connects vbds whose volumes have been
@@ -249,7 +252,7 @@ impl Blkback {
             }
         }
         // A vbd that gave way may have begun to open its volume again.
-        self.plane.open_volumes(disks);
+        self.plane.open_volumes(&mut self.preserved, disks);
         Ok(())
     }
 
@@ -298,7 +301,7 @@ impl Blkback {
         for id in gone {
             self.remove(env, store, id);
         }
-        self.preserved.retain(|id| ids.contains(&id));
+        self.preserved.retain(|id| ids.contains(&id), &mut self.plane.desk.pool);
         for id in ids {
             self.refresh(env, store, id)?;
         }

@@ -2,6 +2,7 @@
 
 use crate::preserved::{MAX_QUEUES, MAX_RING_ORDER, Preserved, VbdId};
 use crate::queue::{Queue, Ring};
+use crate::tags::Pool;
 use crate::{Env, VbdStats};
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -67,13 +68,15 @@ impl Link {
     /// What the frontend did wrong, in words; nothing is left mapped or bound.
     pub fn attach<E: Env>(
         env: &mut E,
-        preserved: &mut Preserved,
+        pages: (&mut Preserved, &mut Pool),
         vbd: VbdId,
         published: &Published,
     ) -> Result<Self, String> {
+        let (preserved, pool) = pages;
         let mut queues: Vec<Queue> = Vec::with_capacity(published.queues.len());
         for (number, queue) in (0_u16..).zip(&published.queues) {
-            match open_queue(env, preserved, vbd, number, published.protocol, queue) {
+            let table = preserved.open(vbd, number, queue.ring.len(), pool);
+            match open_queue(env, table, vbd, published.protocol, queue) {
                 Ok(queue) => queues.push(queue),
                 Err(message) => {
                     queues.iter_mut().for_each(|queue| queue.detach(env));
@@ -124,13 +127,12 @@ impl Link {
 
 fn open_queue<E: Env>(
     env: &mut E,
-    preserved: &mut Preserved,
+    table: Option<InflightTable>,
     vbd: VbdId,
-    number: u16,
     protocol: Protocol,
     published: &PublishedQueue,
 ) -> Result<Queue, String> {
-    let Some(table) = preserved.open(vbd, number, published.ring.len()) else {
+    let Some(table) = table else {
         return Err(String::from("this driver domain has no preserved pages left for it"));
     };
     let maps = map_ring(env, vbd, &published.ring)?;

@@ -10,14 +10,13 @@
 
 use crate::link::Link;
 use crate::open::VolumeState;
-use crate::preserved::VbdId;
+use crate::preserved::{Preserved, VbdId};
 use crate::queue::{Phase, Queue, Slot};
 use crate::request::{self, Limits, Wish};
 use crate::tags::{Bounce, Owner, Pool, Tags};
 use crate::transfer::Desk;
 use crate::{Env, Progress, VbdStats};
 use alloc::vec::Vec;
-use domain_api::DmaPage;
 use domain_api::disk::{Completion, Disk, DiskError};
 use shmem::PeerError;
 use xen_abi::blkif::{RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY};
@@ -37,6 +36,8 @@ pub struct Station {
     pub link: Option<Link>,
     /// It is gone from the store; its place comes free when the disk has nothing of it.
     pub removed: bool,
+    /// Its volume is to be closed as soon as no disk works for it.
+    pub closes: bool,
     /// There is something to do for it in the store.
     pub news: bool,
 }
@@ -44,7 +45,14 @@ pub struct Station {
 impl Station {
     /// Nothing is known of it yet.
     pub fn new(id: VbdId) -> Self {
-        Self { id, volume: VolumeState::Closed, link: None, removed: false, news: false }
+        Self {
+            id,
+            volume: VolumeState::Closed,
+            link: None,
+            removed: false,
+            closes: false,
+            news: false,
+        }
     }
 
     /// Whether its rings are attached.
@@ -85,8 +93,8 @@ enum Turn {
 }
 
 impl Plane {
-    pub fn new(bounce: Vec<DmaPage>) -> Self {
-        let desk = Desk::new(Tags::default(), Pool::new(bounce));
+    pub fn new(pool: Pool) -> Self {
+        let desk = Desk::new(Tags::default(), pool);
         Self { stations: Vec::new(), desk, first: 0, searches: 0 }
     }
 
@@ -97,19 +105,25 @@ impl Plane {
     }
 
     /// One round. See [`crate::Blkback::poll`].
-    pub fn poll<E: Env, D: Disk>(&mut self, env: &mut E, disks: &mut [D]) -> Progress {
+    pub fn poll<E: Env, D: Disk>(
+        &mut self,
+        env: &mut E,
+        preserved: &mut Preserved,
+        disks: &mut [D],
+    ) -> Progress {
         let mut progress = Progress::IDLE;
         self.complete(disks);
-        self.open_volumes(disks);
+        self.open_volumes(preserved, disks);
         let stalled = self.serve(env, disks, &mut progress);
-        if self.desk.kick(disks) {
+        if self.desk.kick(disks) | core::mem::take(&mut self.desk.image_work) {
             // What a disk refuses at once is completed without an interrupt.
             let completed = self.complete(disks);
+            self.desk.kick(disks);
             progress.more_work |= completed && stalled;
         }
         self.answer(env);
         progress.more_work |= self.make_room(env);
-        self.drain(env);
+        self.drain(env, preserved);
         let asks = |it: &Station| {
             it.news || it.link.as_ref().is_some_and(|link| !link.closed && link.fault.is_some())
         };
@@ -121,16 +135,16 @@ impl Plane {
     /// Takes what the disks have completed. True when there was anything.
     fn complete<D: Disk>(&mut self, disks: &mut [D]) -> bool {
         let mut any = false;
-        for disk in disks {
-            while let Some(completion) = disk.complete() {
+        for number in 0..disks.len() {
+            while let Some(completion) = disks[number].complete() {
                 any = true;
-                self.completed(completion);
+                self.completed(disks, completion);
             }
         }
-        any
+        self.resume_images(disks) | any
     }
 
-    fn completed(&mut self, completion: Completion) {
+    pub fn completed<D: Disk>(&mut self, disks: &mut [D], completion: Completion) {
         let Completion { tag, result } = completion;
         match self.desk.tags.close(tag) {
             Owner::Request { station, queue, index, bounce } => {
@@ -144,6 +158,9 @@ impl Plane {
                     bounced(&mut self.desk.pool, queue, index, bounce, result);
                 }
                 queue.slot(index).completed(status_of(result));
+            }
+            Owner::Image { station, tag } => {
+                self.completed_below(disks, usize::from(station), tag, result);
             }
             Owner::Search { station, search, page } => {
                 self.found(usize::from(station), search, page, result);
@@ -189,7 +206,7 @@ impl Plane {
         if !link.is_served() {
             return Turn::Done;
         }
-        let before = desk.submissions;
+        let before = desk.accepted;
         let (mut more, mut stalled) = (false, false);
         let count = link.queues.len();
         let begin = link.first;
@@ -203,8 +220,10 @@ impl Plane {
                 link.fail(format_args!("queue {number}: {error}"));
                 return Turn::Done;
             }
-            if queue.has_backlog() {
+            if queue.prepared != queue.taken {
                 desk.prepare(env, id.domain, link.persistent, volume, queue, &mut link.stats);
+            }
+            if queue.has_backlog() {
                 stalled |= !desk.submit(
                     disks,
                     volume,
@@ -216,7 +235,7 @@ impl Plane {
             }
             more |= queue.ready && !queue.has_backlog();
         }
-        let served = desk.submissions != before;
+        let served = desk.accepted != before;
         if stalled {
             Turn::Stalled { served }
         } else if more {
@@ -256,9 +275,9 @@ impl Plane {
     }
 
     /// Finishes connections that have ended, when the disk has nothing of them any more.
-    fn drain<E: Env>(&mut self, env: &mut E) {
-        for place in &mut self.stations {
-            let Some(station) = place else { continue };
+    fn drain<E: Env>(&mut self, env: &mut E, preserved: &mut Preserved) {
+        for place in 0..self.stations.len() {
+            let Some(station) = &mut self.stations[place] else { continue };
             if let Some(link) = &mut station.link
                 && link.closed
                 && link.outstanding == 0
@@ -267,27 +286,21 @@ impl Plane {
                 station.link = None;
                 station.news = true;
             }
-            if station.removed && station.link.is_none() {
-                *place = None;
+            if station.closes && station.link.is_none() && station.volume.is_idle() {
+                (station.closes, station.news) = (false, true);
+            }
+            if station.removed {
+                self.leave(place, preserved);
             }
         }
     }
 
-    /// Closes a vbd's volume. False: a disk still works for it; there is news when it does not.
-    pub fn close_volume(&mut self, place: usize) -> bool {
-        let Some(station) = &mut self.stations[place] else { return true };
-        if station.link.is_some() {
-            return false;
-        }
-        station.volume = VolumeState::Closed;
-        true
-    }
-
     /// Forgets a vbd, as soon as no disk works for it.
-    pub fn leave(&mut self, place: usize) {
-        let Some(station) = &mut self.stations[place] else { return };
-        station.removed = true;
-        if station.link.is_none() {
+    pub fn leave(&mut self, place: usize, preserved: &mut Preserved) {
+        if let Some(station) = &mut self.stations[place] {
+            station.removed = true;
+        }
+        if self.close_volume(place, preserved) {
             self.stations[place] = None;
         }
     }

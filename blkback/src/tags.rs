@@ -2,8 +2,9 @@
 
 use crate::split::Cursor;
 use alloc::vec::Vec;
-use domain_api::DmaPage;
 use domain_api::disk::Tag;
+use domain_api::{DmaPage, Page};
+use qcow2::LowerTag;
 
 /// Whose a request of a disk is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,6 +21,13 @@ pub enum Owner {
         index: u32,
         /// The page of our own that it goes through, if it does.
         bounce: Option<Bounce>,
+    },
+    /// Of the image that a vbd is on.
+    Image {
+        /// Which vbd.
+        station: u16,
+        /// What the image calls it.
+        tag: LowerTag,
     },
     /// The search for the volume of a vbd.
     Search {
@@ -112,6 +120,28 @@ impl Pool {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty()
+    }
+
+    /// All of them, be they free or not.
+    pub fn pages(&self) -> impl Iterator<Item = Page> + '_ {
+        self.pages.iter().map(|page| page.page.clone())
+    }
+
+    /// Takes a certain page, if it is free.
+    pub fn claim(&mut self, name: usize) {
+        self.free.retain(|&free| usize::from(free) != name);
+    }
+
+    /// A free page among the first so many.
+    pub fn take_below(&mut self, limit: usize) -> Option<u16> {
+        let at = self.free.iter().rposition(|&name| usize::from(name) < limit)?;
+        Some(self.free.swap_remove(at))
+    }
+
+    /// How many are free.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.free.len()
     }
 
     /// A free page.

@@ -38,8 +38,10 @@ pub struct Desk {
     pub short: Option<usize>,
     /// Granted pages that are to be unmapped.
     pub unmap: Vec<MappedDmaGrant>,
-    /// Requests that disks took since the start.
-    pub submissions: u64,
+    /// Requests that volumes took since the start.
+    pub accepted: u64,
+    /// An image took one; it may be done with it already.
+    pub image_work: bool,
     /// Disks that have to be told, by number.
     kicks: u64,
     wanted: Vec<Wanted>,
@@ -79,7 +81,8 @@ impl Desk {
             mapped: 0,
             short: None,
             unmap: Vec::new(),
-            submissions: 0,
+            accepted: 0,
+            image_work: false,
             kicks: 0,
             wanted: Vec::new(),
             requests: Vec::new(),
@@ -122,13 +125,8 @@ impl Desk {
         let tag = self.tags.open(owner);
         let submitted = disks[disk].submit(Request { tag, ..request });
         match submitted {
-            Ok(()) => {
-                self.kicks |= bit(disk);
-                self.submissions += 1;
-            }
-            Err(Busy) => {
-                let _ = self.tags.close(tag);
-            }
+            Ok(()) => self.kicks |= bit(disk),
+            Err(Busy) => drop(self.tags.close(tag)),
         }
         submitted
     }
@@ -331,10 +329,10 @@ impl Desk {
             };
             let (slot, mappings) = queue.slot_and_mappings(index);
             while slot.phase == Phase::Ready {
-                let before = self.submissions;
+                let before = self.accepted;
                 let job = Job { from, slot, mappings };
                 let submitted = self.submit_piece(disks, volume, job, stats);
-                if self.submissions != before {
+                if self.accepted != before {
                     slot.outstanding += 1;
                     *outstanding += 1;
                     stats.disk_requests += 1;
@@ -450,7 +448,7 @@ impl Desk {
 
 /// Copies whole sectors from one page into another.
 pub fn copy(from: &Page, from_offset: usize, to: &Page, to_offset: usize, len: usize) {
-    let mut sector = [0; SECTOR as usize];
+    let mut sector = [0; xen_abi::blkif::SECTOR];
     for at in (0..len).step_by(sector.len()) {
         from.read(from_offset + at, &mut sector);
         to.write(to_offset + at, &sector);

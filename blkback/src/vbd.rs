@@ -6,7 +6,7 @@
 //! safe to repeat: our own writes come back to us as events.
 
 use crate::link::{self, Link};
-use crate::open::{OpenVolume, VolumeState, Wanted};
+use crate::open::{ImageWanted, OpenVolume, VolumeState, Wanted};
 use crate::plane::Station;
 use crate::preserved::{MAX_QUEUES, MAX_RING_ORDER, VbdId};
 use crate::request::OFFERED_INDIRECT_SEGMENTS;
@@ -176,9 +176,9 @@ impl Blkback {
     /// Forgets a vbd whose directory is gone.
     pub(crate) fn remove<E: Env, S: Store>(&mut self, env: &mut E, store: &mut S, id: VbdId) {
         self.disconnect(env, id, Forget::Yes);
-        self.preserved.release(id);
+        self.preserved.release(id, &mut self.plane.desk.pool);
         let Some(vbd) = self.vbds.remove(&id) else { return };
-        self.plane.leave(vbd.place);
+        self.plane.leave(vbd.place, &mut self.preserved);
         // The watch may be gone with the connection; there is nothing left to end then.
         let _ = store.unwatch(&format!("{}/state", vbd.frontend), &frontend_token(id));
         log::info!("{id}: removed");
@@ -231,8 +231,24 @@ impl Blkback {
         let mode = store.read_optional(&format!("{directory}/mode"))?;
         vbd.params.clone_from(&params);
         vbd.read_only = mode.as_deref().is_none_or(|mode| !mode.starts_with('w'));
-        let wanted =
-            Wanted { params, read_only: vbd.read_only, inherited: inherited == Inherited::Yes };
+        let mut wanted = Wanted {
+            params,
+            read_only: vbd.read_only,
+            inherited: inherited == Inherited::Yes,
+            image: None,
+        };
+        match store.read_optional(&format!("{directory}/format"))?.as_deref() {
+            None | Some("raw") => {}
+            Some("qcow2") => {
+                let backing = store.read_optional(&format!("{directory}/backing"))?;
+                wanted.image = Some(ImageWanted { backing });
+            }
+            Some(other) => {
+                let message = format!("the backend's key `format` is unknown: {other:.40}");
+                self.plane.refuse(vbd.place, message);
+                return Ok(());
+            }
+        }
         self.plane.open(vbd.place, wanted);
         Ok(())
     }
@@ -264,8 +280,10 @@ impl Blkback {
                 return self.open_volume(store, id, inherited);
             }
         };
-        let attached = link::read_published(store, &frontend)
-            .and_then(|published| Link::attach(env, &mut self.preserved, id, &published));
+        let attached = link::read_published(store, &frontend).and_then(|published| {
+            let pages = (&mut self.preserved, &mut self.plane.desk.pool);
+            Link::attach(env, pages, id, &published)
+        });
         let link = match attached {
             Ok(link) => link,
             Err(message) => return self.give_up(env, store, id, &message),
@@ -329,7 +347,7 @@ impl Blkback {
         let Some(vbd) = self.vbds.get_mut(&id) else { return Ok(()) };
         let (place, directory) = (vbd.place, vbd.backend());
         vbd.advertised = false;
-        if !self.plane.close_volume(place) {
+        if !self.plane.close_volume(place, &mut self.preserved) {
             return Ok(());
         }
         self.switch_state(env, store, id, XenbusState::CLOSED)?;
@@ -428,7 +446,7 @@ fn volume_keys(volume: &OpenVolume) -> Vec<(&'static str, u64)> {
         ("physical-sector-size", u64::from(geometry.physical_sector_size)),
     ];
     if volume.limits.discard {
-        keys.push(("discard-granularity", u64::from(geometry.physical_sector_size)));
+        keys.push(("discard-granularity", volume.discard_granularity()));
         keys.push(("discard-alignment", volume.discard_alignment()));
         keys.push(("discard-secure", 0));
     }

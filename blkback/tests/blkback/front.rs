@@ -154,6 +154,8 @@ pub struct Front {
     pub store_events: usize,
     pub random: Random,
     pub discards: bool,
+    /// What is discarded may be anything afterwards.
+    pub vague_discards: bool,
     pub writes: bool,
     /// Persistent pages that are not in use.
     pool: Vec<Granted>,
@@ -185,6 +187,7 @@ impl Front {
             store_events: 0,
             random: Random(0x9e37_79b9 + u64::from(id.0)),
             discards: true,
+            vague_discards: false,
             writes: true,
             pool: Vec::new(),
             pages_in_use: 0,
@@ -489,6 +492,7 @@ impl Front {
                     self.generations[at] = UNKNOWN;
                 }
                 Kind::Write { generation } => self.generations[at] = generation,
+                Kind::Discard if self.vague_discards => self.generations[at] = UNKNOWN,
                 Kind::Discard => self.generations[at] = 0,
                 Kind::Read | Kind::Flush => {}
             }

@@ -161,6 +161,16 @@ fn bad_requests_are_answered_with_errors() {
     rig.close_all();
 }
 
+/// No disk is asked for them, so nothing but the backend itself remembers that there are more.
+#[test]
+fn a_ring_full_of_bad_requests_is_answered() {
+    let mut rig = Rig::new(vec![medium(geometry(8192, 512))], 2);
+    let config = Config { order: 2, ..Config::default() };
+    rig.add_guest(LIAR, "whole", "w", config);
+    let bad = Request { operation: 99, ..Request::new_zeroed() };
+    assert_eq!(send(&mut rig, &[bad; 128]), [(99, RSP_EOPNOTSUPP); 128]);
+}
+
 #[test]
 fn bad_indirect_requests_are_answered_with_errors() {
     let (mut rig, liar) = stage();

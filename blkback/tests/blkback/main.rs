@@ -6,3 +6,4 @@ mod liars;
 mod restart;
 mod rig;
 mod traffic;
+mod volumes;

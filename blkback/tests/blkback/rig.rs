@@ -10,7 +10,7 @@ use blkback::preserved::{self, VbdId};
 use blkback::{Blkback, Progress, VbdInfo};
 use domain_api::fake::{Domain, World};
 use domain_api::{
-    Access, Clock, DeviceGrants, Dma, DomainId, Errno, EventPort, Events, GrantCopy, GrantRef,
+    Access, Clock, DeviceGrants, DomainId, Errno, EventPort, Events, GrantCopy, GrantRef,
     GrantStatus, Grants, MapRequest, MappedDmaGrant, MappedGrant, Page,
 };
 use std::cell::Cell;
@@ -59,6 +59,8 @@ pub struct Env {
     fuse: Fuse,
     /// Calls that would be hypercalls, without notifications.
     pub calls: u32,
+    /// Pages of others that were mapped at each notification.
+    pub mapped: Vec<usize>,
 }
 
 impl Env {
@@ -81,6 +83,7 @@ impl Events for Env {
         self.around(|domain| domain.close(port));
     }
     fn notify(&mut self, port: EventPort) {
+        self.mapped.push(self.domain.mappings());
         self.around(|domain| domain.notify(port));
     }
 }
@@ -136,6 +139,10 @@ pub struct Back {
 }
 
 impl Back {
+    pub fn wake(&mut self) {
+        self.awake = true;
+    }
+
     /// One pass of a driver domain's event loop. True when it did anything.
     fn turn(&mut self) -> bool {
         let mut worked = core::mem::take(&mut self.awake);
@@ -169,7 +176,6 @@ pub struct Rig {
     pub toolstack: StoreClient,
     pub media: Vec<SharedMedium>,
     pub preserved: Vec<Page>,
-    pub bounce: usize,
     pub fuse: Fuse,
     pub back: Option<Back>,
     pub fronts: Vec<Front>,
@@ -179,19 +185,22 @@ pub struct Rig {
 impl Rig {
     /// A driver domain with these disks and room for `vbds`.
     pub fn new(media: Vec<SharedMedium>, vbds: usize) -> Self {
+        Self::with_images(media, vbds, 0)
+    }
+
+    /// The same with room for copy-on-write images.
+    pub fn with_images(media: Vec<SharedMedium>, vbds: usize, images: usize) -> Self {
         let world = World::new();
         let store = LocalStore::new();
         let mut toolstack = store.client(TOOLSTACK);
         home(&mut toolstack, DRIVER);
-        let pages = (0..preserved::pages_for(vbds)).map(|_| Page::new_zeroed()).collect();
-        let (preserved, bounce) = preserved::split(pages);
+        let pages = preserved::pages_for(vbds, images);
         let mut rig = Self {
             world,
             store,
             toolstack,
             media,
-            preserved,
-            bounce: bounce.len(),
+            preserved: (0..pages).map(|_| Page::new_zeroed()).collect(),
             fuse: Fuse::default(),
             back: None,
             fronts: Vec::new(),
@@ -208,11 +217,12 @@ impl Rig {
             self.store.restart(DRIVER);
         }
         let client = self.store.client(DRIVER);
-        let bounce = (0..self.bounce).map(|_| domain.alloc().unwrap()).collect();
-        let env = Env { domain, fuse: self.fuse.clone(), calls: 0 };
+        let (directory, pool) = preserved::split(self.preserved.clone());
+        let pool = pool.iter().map(|page| domain.dma_page(page)).collect();
+        let env = Env { domain, fuse: self.fuse.clone(), calls: 0, mapped: Vec::new() };
         let new = |medium| ModelDisk::new(&self.world, medium, &self.fuse);
         let disks = self.media.iter().map(new).collect();
-        let blkback = Blkback::new(DRIVER, self.preserved.clone(), bounce);
+        let blkback = Blkback::new(DRIVER, directory, pool);
         let mut back = Back { env, disks, blkback, client, awake: true };
         let started = catch_unwind(AssertUnwindSafe(|| {
             let Back { env, disks, blkback, client, .. } = &mut back;
@@ -321,6 +331,19 @@ impl Rig {
     ) -> usize {
         let id = DomainId(number);
         self.add_device(id, volume, mode);
+        let front = Front::new(self.world.domain(id), self.store.client(id), config);
+        self.fronts.push(front);
+        self.fronts.len() - 1
+    }
+
+    /// Adds a guest on a copy-on-write image, which is not connected yet.
+    pub fn add_image(&mut self, number: u16, volume: &str, backing: &str, config: Config) -> usize {
+        let id = DomainId(number);
+        let device = self.add_device(id, volume, "w");
+        let directory = device.backend_path();
+        for (key, value) in [("format", "qcow2"), ("backing", backing)] {
+            self.toolstack.write(&format!("{directory}/{key}"), value.as_bytes()).unwrap();
+        }
         let front = Front::new(self.world.domain(id), self.store.client(id), config);
         self.fronts.push(front);
         self.fronts.len() - 1

@@ -33,9 +33,9 @@ fn requests_of_every_kind_are_served() {
 #[test]
 fn indirect_requests_are_served() {
     for persistent in [false, true] {
-        for segments in [32, 256] {
+        for (segments, requests) in [(32, 150), (256, 40)] {
             let config = Config { persistent, segments, ..Config::default() };
-            exercise(geometry(16384, 512), config, 200).close_all();
+            exercise(geometry(8192, 512), config, requests).close_all();
         }
     }
 }
@@ -98,4 +98,55 @@ fn flushes_reach_the_disk() {
     let log = &rig.media[0].borrow().log;
     let at_disk = log.iter().filter(|it| it.0 == Operation::Flush).count();
     assert!(flushes > 20 && at_disk as u64 == flushes);
+}
+
+/// xen-abi §7.2: without persistent grants, pages are unmapped before the answer is published.
+#[test]
+fn pages_are_unmapped_before_the_answer() {
+    let mut rig = Rig::new(vec![medium(geometry(4096, 512))], 1);
+    rig.add_guest(GUEST, "whole", "w", Config::default());
+    rig.back().env.mapped.clear();
+    for _ in 0..40 {
+        rig.load(1);
+    }
+    let mapped = &rig.back().env.mapped;
+    assert!(mapped.len() == 40 && mapped.iter().all(|&pages| pages == 1), "{mapped:?}");
+}
+
+/// Two guests want far more pages mapped than there are handles: everything is served, in turns.
+#[test]
+fn more_pages_than_handles_are_mapped_in_turns() {
+    let mut rig = Rig::new(vec![medium(Geometry { queue_depth: 64, ..geometry(65536, 512) })], 2);
+    let config = Config { segments: 256, ragged: false, order: 1, ..Config::default() };
+    rig.add_guest(3, "range:0+16M", "w", config);
+    rig.add_guest(4, "range:16M+16M", "w", Config { persistent: true, ..config });
+    rig.media[0].borrow_mut().stuck = true;
+    for front in &mut rig.fronts {
+        front.work += 60;
+        front.wake();
+    }
+    rig.run();
+    let mapped = rig.back().env.domain.mappings();
+    assert!((1500..2048).contains(&mapped), "{mapped}");
+    rig.media[0].borrow_mut().stuck = false;
+    rig.fronts[0].work += 1;
+    rig.fronts[0].wake();
+    rig.run();
+    assert_eq!((rig.fronts[0].answered, rig.fronts[1].answered), (61, 60));
+    rig.close_all();
+}
+
+/// What cannot be read or written is an error, and only that.
+#[test]
+fn errors_of_the_disk_reach_the_guest() {
+    let mut rig = Rig::new(vec![medium(geometry(4096, 512))], 1);
+    rig.add_guest(GUEST, "range:64K+1M", "w", Config::default());
+    rig.media[0].borrow_mut().bad.extend([128 + 100, 128 + 1000]);
+    rig.fronts[0].bad = vec![100, 1000];
+    rig.load(500);
+    let errors = rig.fronts[0].errors;
+    assert!(errors > 5);
+    assert_eq!(rig.vbd(GUEST).stats.errors, u64::from(errors));
+    rig.compare(0, 0, 128);
+    rig.close_all();
 }

@@ -346,6 +346,16 @@ impl Domain {
         ports.unwrap_or_default().into_iter().map(EventPort).collect()
     }
 
+    /// A page of the domain's own, such as a preserved one, that its devices reach from now on.
+    pub fn dma_page(&mut self, page: &Page) -> DmaPage {
+        let mut state = self.world.state();
+        let bus_address = state.next_bus_address();
+        if let Some(record) = state.domains.get_mut(&self.id) {
+            record.dma.insert(bus_address, page.clone());
+        }
+        DmaPage { page: page.clone(), bus_address }
+    }
+
     /// Whether an event is pending; this is what the real domain would be woken by.
     #[must_use]
     pub fn has_pending(&self) -> bool {
@@ -516,13 +526,8 @@ impl Clock for Domain {
 
 impl Dma for Domain {
     fn alloc(&mut self) -> Result<DmaPage, Errno> {
-        let mut state = self.live().ok_or(Errno::ESRCH)?;
-        let bus_address = state.next_bus_address();
-        let page = Page::new_zeroed();
-        if let Some(record) = state.domains.get_mut(&self.id) {
-            record.dma.insert(bus_address, page.clone());
-        }
-        Ok(DmaPage { page, bus_address })
+        drop(self.live().ok_or(Errno::ESRCH)?);
+        Ok(self.dma_page(&Page::new_zeroed()))
     }
 }
 
