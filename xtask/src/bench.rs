@@ -146,19 +146,14 @@ fn path_figures() -> miette::Result<Vec<Row>> {
         Row::new("hypervisor entry to first HTTP answer", first("first_http_answer"), "µs"),
     ];
     let before = platform::info(&machine.mux)?;
-    let outages = outages(&machine, server, &receiver).map_err(|error| machine.explain(error))?;
+    let drizzle = machine.forwards.iter().find(|forward| forward.guest_port == DISCARD_PORT);
+    let drizzle = drizzle.ok_or_else(|| miette!("no port for datagrams"))?.host;
+    let traffic = Traffic::start(server, drizzle);
+    let outages = outages(&machine, "net0", "first_packet", &receiver);
+    drop(traffic);
+    let outages = outages.map_err(|error| machine.explain(error))?;
     let after = platform::info(&machine.mux)?;
-    let budget = [(50, 5_000, "median"), (99, 10_000, "p99")];
-    for (percent, budget, name) in budget {
-        let what =
-            format!("crash to first packet forwarded, {name} of {}", outages.forwarded.len());
-        let value = percentile(&outages.forwarded, percent).map(|ns| ns / 1000);
-        rows.push(Row::new(what, value, "µs").budget(budget));
-    }
-    for (percent, name) in [(50, "median"), (99, "p99")] {
-        let what = format!("crash to driver runnable, {name} of {}", outages.runnable.len());
-        rows.push(Row::new(what, percentile(&outages.runnable, percent).map(|ns| ns / 1000), "µs"));
-    }
+    rows.extend(outages.rows("first packet forwarded", "network driver"));
     let leaked = before.free_bytes.saturating_sub(after.free_bytes);
     rows.push(Row::new("memory lost over these crashes", Some(leaked), "bytes").budget(0));
     rows.extend(sizes(&built, &machine)?);
@@ -168,55 +163,69 @@ fn path_figures() -> miette::Result<Vec<Row>> {
 /// Outages in nanoseconds.
 #[derive(Default)]
 struct Outages {
-    forwarded: Vec<u64>,
+    served: Vec<u64>,
     runnable: Vec<u64>,
 }
 
-/// Crashes the driver domain under a download, again and again.
+impl Outages {
+    fn rows(&self, served: &str, driver: &str) -> Vec<Row> {
+        let mut rows = Vec::new();
+        let us = |values: &[u64], percent| percentile(values, percent).map(|ns| ns / 1000);
+        for (percent, budget, name) in [(50, 5_000, "median"), (99, 10_000, "p99")] {
+            let what = format!("crash to {served}, {name} of {}", self.served.len());
+            rows.push(Row::new(what, us(&self.served, percent), "µs").budget(budget));
+        }
+        for (percent, name) in [(50, "median"), (99, "p99")] {
+            let what = format!("crash to {driver} runnable, {name} of {}", self.runnable.len());
+            rows.push(Row::new(what, us(&self.runnable, percent), "µs"));
+        }
+        rows
+    }
+}
+
+/// Crashes a driver domain under load, again and again. `figure` is what its next incarnation
+/// says when it has served somebody.
 fn outages(
     machine: &Machine,
-    server: SocketAddr,
+    victim: &str,
+    figure: &str,
     receiver: &Receiver<(String, u64)>,
 ) -> miette::Result<Outages> {
-    let drizzle = machine.forwards.iter().find(|forward| forward.guest_port == DISCARD_PORT);
-    let drizzle = drizzle.ok_or_else(|| miette!("no port for datagrams"))?.host;
-    let traffic = Traffic::start(server, drizzle);
     let mut outages = Outages::default();
     for _ in 0..CRASHES {
         std::thread::sleep(BETWEEN);
         while receiver.try_recv().is_ok() {}
-        let life = incarnation(machine)?;
-        platform::crash(&machine.mux, "net0")?;
+        let life = incarnation(machine, victim)?;
+        platform::crash(&machine.mux, victim)?;
         let mut figures = Figures::new();
-        await_figure(receiver, &mut figures, "first_packet", Duration::from_secs(10));
-        let died = death_of(machine, life)?;
+        await_figure(receiver, &mut figures, figure, Duration::from_secs(10));
+        let died = death_of(machine, victim, life)?;
         outages.runnable.push(died.restarted_ns.saturating_sub(died.time_ns));
-        let first = figures.get("first_packet").and_then(|values| values.first());
-        outages.forwarded.extend(first.map(|ns| ns.saturating_sub(died.time_ns)));
+        let first = figures.get(figure).and_then(|values| values.first());
+        outages.served.extend(first.map(|ns| ns.saturating_sub(died.time_ns)));
     }
-    drop(traffic);
     Ok(outages)
 }
 
-fn incarnation(machine: &Machine) -> miette::Result<u32> {
+fn incarnation(machine: &Machine, name: &str) -> miette::Result<u32> {
     let domains = platform::list(&machine.mux)?;
-    let net0 = domains.iter().find(|domain| domain.name == "net0");
-    net0.map(|domain| domain.incarnation).ok_or_else(|| miette!("there is no net0"))
+    let found = domains.iter().find(|domain| domain.name == name);
+    found.map(|domain| domain.incarnation).ok_or_else(|| miette!("there is no {name}"))
 }
 
 /// The record of the death that ended incarnation `life`, once the next one could run.
-fn death_of(machine: &Machine, life: u32) -> miette::Result<Why> {
+fn death_of(machine: &Machine, name: &str, life: u32) -> miette::Result<Why> {
     let deadline = Instant::now() + STEP;
     while Instant::now() < deadline {
-        if incarnation(machine)? > life {
-            let why = platform::why(&machine.mux, "net0")?;
+        if incarnation(machine, name)? > life {
+            let why = platform::why(&machine.mux, name)?;
             if why.incarnation == life && why.restarted_ns != 0 {
                 return Ok(why);
             }
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Err(miette!("net0 did not come back within {STEP:?}"))
+    Err(miette!("{name} did not come back within {STEP:?}"))
 }
 
 /// Adds a port of the host that leads to [`DISCARD_PORT`] of the guest.

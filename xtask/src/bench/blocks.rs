@@ -1,10 +1,10 @@
-//! Disk requests: what they cost with and without a split, and who pays.
+//! Disk requests: what they cost with and without a split, who pays, and how long an outage is.
 //!
 //! The processor time that the core charges to a domain is, under `-icount shift=0`, the number
 //! of instructions that were executed for it, its hypercalls included. What the emulated
 //! controller and the medium take costs none, and idle time does not count.
 
-use super::{CPUS, Figures, Row, STEP, await_figure, boot};
+use super::{CPUS, Figures, Row, STEP, await_figure, boot, outages};
 use crate::machine::Machine;
 use crate::qemu::Accel;
 use crate::{build, platform};
@@ -63,7 +63,20 @@ pub(super) fn figures() -> miette::Result<Vec<Row>> {
         rows.push(part("driver domain and its hypercalls", split, "disk0"));
         rows.push(part("guest with the driver", direct, "bench"));
     }
+    rows.extend(outage()?);
     Ok(rows)
+}
+
+/// How long disks stand still when their driver dies under a verified load.
+fn outage() -> miette::Result<Vec<Row>> {
+    let built = build::build_named(Path::new("disktest-nvme"))?;
+    let (sender, receiver) = channel();
+    let mut machine = boot(&built, Accel::IcountIdle, sender)?;
+    let mut figures = Figures::new();
+    await_figure(&receiver, &mut figures, "first_request", STEP);
+    let outages = outages(&machine, "disk0", "first_request", &receiver)
+        .map_err(|error| machine.explain(error))?;
+    Ok(outages.rows("first disk request served", "disk driver"))
 }
 
 /// Requests in a million instructions, of all domains; of long ones the KiB.
