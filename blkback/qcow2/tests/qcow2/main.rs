@@ -1,0 +1,7 @@
+//! Images under load, on disks in memory that reorder, fail and die.
+
+mod crash;
+mod disk;
+mod host;
+mod model;
+mod qemu;
