@@ -154,6 +154,8 @@ pub fn main(world: &Rc<World>, domain: Domain, work: Work, status: &Status) {
             if let Some(net) = &mut net {
                 net.front.close(&mut domain, &mut client).expect("the store answers");
             }
+            // Events may have come with the answers.
+            continue;
         }
         let closed = net.as_ref().is_none_or(|net| {
             net.front.state() == xenbus::XenbusState::CLOSED
