@@ -1,12 +1,13 @@
 //! An honest guest: the real frontends, with work whose every result it can judge.
 
+use crate::block::{BlkHalf, BlkWork};
 use crate::domain::{Domain, XenstoreRing};
 use crate::link::{Link, Mac};
 use crate::world::World;
 use frontends::netfront::{Checksum, Config, Error, Netfront};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use xenbus::{Client, Event, Store};
+use xenbus::{Client, Event, Store, XenbusState};
 
 /// How often a guest whose work is done asks whether the others' is.
 const LINGER_NS: u64 = 10_000_000;
@@ -123,67 +124,114 @@ impl NetHalf {
 pub struct Work {
     /// On the network.
     pub net: Option<NetWork>,
+    /// On its disk.
+    pub blk: Option<BlkWork>,
 }
 
-/// A guest's code.
-pub fn main(world: &Rc<World>, domain: Domain, work: Work, status: &Status) {
-    let mut client = Client::new(domain.xenstore());
-    let mut net = work.net.map(|net| NetHalf::new(&domain, &mut client, net));
-    let mut domain = domain;
-    let name = domain.id();
-    let mut closing = false;
-    loop {
-        while let Some(event) = client.next_event() {
-            if !closing && net.as_ref().is_some_and(|net| net.front.is_connected()) {
-                status.store_events.set(status.store_events.get() + 1);
-            }
-            store_event(&mut net, &mut domain, &mut client, &event);
+/// The devices of a guest.
+struct Halves {
+    net: Option<NetHalf>,
+    blk: Option<BlkHalf>,
+}
+
+impl Halves {
+    fn is_connected(&self) -> bool {
+        self.net.as_ref().is_none_or(|net| net.front.is_connected())
+            && self.blk.as_ref().is_none_or(|blk| blk.front.is_connected())
+    }
+
+    fn have_worked(&self) -> bool {
+        self.net.as_ref().is_none_or(NetHalf::is_done)
+            && self.blk.as_ref().is_none_or(BlkHalf::is_done)
+    }
+
+    fn are_closed(&self) -> bool {
+        let closed = XenbusState::CLOSED;
+        self.net.as_ref().is_none_or(|net| {
+            net.front.state() == closed && net.front.backend_state() == closed
+        }) && self.blk.as_ref().is_none_or(|blk| {
+            blk.front.state() == closed && blk.front.backend_state() == closed
+        })
+    }
+
+    fn go_on(&mut self, world: &World, domain: &mut Domain) -> Result<(), String> {
+        if let Some(net) = &mut self.net {
+            net.go_on(world, domain)?;
         }
-        let mut result = Ok(());
-        if let Some(net) = net.as_mut().filter(|_| !closing) {
-            result = net.go_on(world, &mut domain);
+        if let Some(blk) = &mut self.blk {
+            blk.go_on(world, domain)?;
         }
-        if let Err(error) = result {
-            world.fail(format_args!("{name}: {error}"));
-            return;
+        Ok(())
+    }
+
+    fn store_event(
+        &mut self,
+        domain: &mut Domain,
+        client: &mut Client<XenstoreRing>,
+        event: &Event,
+    ) {
+        if let Some(net) = &mut self.net {
+            net.front.store_event(domain, client, event).expect("the store answers");
         }
-        let worked = net.as_ref().is_none_or(NetHalf::is_done);
-        status.has_worked.set(worked);
-        if !closing && worked && status.may_close.get() {
-            closing = true;
-            if let Some(net) = &mut net {
-                net.front.close(&mut domain, &mut client).expect("the store answers");
-            }
-            // Events may have come with the answers.
-            continue;
+        if let Some(blk) = &mut self.blk {
+            blk.front.store_event(domain, client, event).expect("the store answers");
         }
-        let closed = net.as_ref().is_none_or(|net| {
-            net.front.state() == xenbus::XenbusState::CLOSED
-                && net.front.backend_state() == xenbus::XenbusState::CLOSED
-        });
-        if closing && closed && !status.is_done.get() {
-            status.is_done.set(true);
+    }
+
+    fn close(&mut self, domain: &mut Domain, client: &mut Client<XenstoreRing>) {
+        if let Some(net) = &mut self.net {
+            net.front.close(domain, client).expect("the store answers");
         }
-        let mut deadline = net.as_ref().filter(|_| !closing).and_then(NetHalf::deadline_ns);
-        if !closing && worked {
-            deadline = Some(domain.now_ns() + LINGER_NS);
+        if let Some(blk) = &mut self.blk {
+            blk.front.close(domain, client).expect("the store answers");
         }
-        *status.waits_for.borrow_mut() = net.as_ref().map(NetHalf::describe).unwrap_or_default();
-        for port in domain.wait(deadline) {
-            if let Some(net) = &mut net {
-                net.front.event(port);
-            }
-        }
+    }
+
+    fn describe(&self) -> String {
+        let net = self.net.as_ref().map(NetHalf::describe);
+        let blk = self.blk.as_ref().map(BlkHalf::describe);
+        format!("{net:?} {blk:?}")
     }
 }
 
-fn store_event(
-    net: &mut Option<NetHalf>,
-    domain: &mut Domain,
-    client: &mut Client<XenstoreRing>,
-    event: &Event,
-) {
-    if let Some(net) = net {
-        net.front.store_event(domain, client, event).expect("the store answers");
+/// A guest's code.
+pub fn main(world: &Rc<World>, mut domain: Domain, work: Work, status: &Status) {
+    let mut client = Client::new(domain.xenstore());
+    let mut halves = Halves {
+        net: work.net.map(|net| NetHalf::new(&domain, &mut client, net)),
+        blk: work.blk.map(|blk| BlkHalf::new(&domain, &mut client, blk)),
+    };
+    let mut closing = false;
+    loop {
+        while let Some(event) = client.next_event() {
+            if !closing && halves.is_connected() {
+                status.store_events.set(status.store_events.get() + 1);
+            }
+            halves.store_event(&mut domain, &mut client, &event);
+        }
+        if !closing && let Err(error) = halves.go_on(world, &mut domain) {
+            world.fail(format_args!("{}: {error}", domain.id()));
+            return;
+        }
+        let worked = halves.have_worked();
+        status.has_worked.set(worked);
+        if !closing && worked && status.may_close.get() {
+            closing = true;
+            halves.close(&mut domain, &mut client);
+            // Events may have come with the answers.
+            continue;
+        }
+        status.is_done.set(closing && halves.are_closed());
+        let links = halves.net.as_ref().filter(|_| !closing);
+        let mut deadline = links.and_then(NetHalf::deadline_ns);
+        if !closing && worked {
+            deadline = Some(domain.now_ns() + LINGER_NS);
+        }
+        *status.waits_for.borrow_mut() = halves.describe();
+        for port in domain.wait(deadline) {
+            if let Some(net) = &mut halves.net {
+                net.front.event(port);
+            }
+        }
     }
 }

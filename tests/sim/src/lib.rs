@@ -6,8 +6,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod control;
 pub mod coroutine;
+pub mod disk;
 pub mod domain;
 pub mod guest;
 pub mod link;

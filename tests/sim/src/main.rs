@@ -24,19 +24,21 @@ fn main() -> ExitCode {
     let count = if single { 1 } else { arguments.seeds };
     let mut failed = 0;
     let mut deaths = 0;
+    let mut acknowledged = 0;
     let begin = std::time::Instant::now();
     for seed in first..first + count {
         let mut plan = Plan::of_seed(seed);
         plan.traced = single;
         let outcome = sim::run(&plan);
         deaths += u64::from(outcome.deaths);
+        acknowledged += outcome.acknowledged;
         for line in &outcome.trace {
             println!("{line}");
         }
         if single {
             println!(
-                "{plan:?}\n{:x} {} deaths {} steps {} turns {} ns",
-                outcome.hash, outcome.deaths, outcome.net_steps, outcome.turns, outcome.ns
+                "{plan:?}\n{:x} {} deaths {:?} steps {} turns {} ns",
+                outcome.hash, outcome.deaths, outcome.steps, outcome.turns, outcome.ns
             );
         }
         if let Some(failure) = outcome.failure {
@@ -44,6 +46,6 @@ fn main() -> ExitCode {
             println!("seed {seed}: {failure}");
         }
     }
-    println!("{count} seeds, {failed} failed, {deaths} deaths, {:?}", begin.elapsed());
+    println!("{count} seeds, {failed} failed, {deaths} deaths, {acknowledged} requests, {:?}", begin.elapsed());
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
