@@ -9,7 +9,7 @@ use crate::random::{Random, scramble};
 use crate::world::World;
 use frontends::blkfront::{Blkfront, Completion, Config, Error, Operation, Part};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use xenbus::Client;
 
@@ -37,6 +37,8 @@ pub struct Book {
     /// Tells one guest's content from another's.
     key: u64,
     sectors: Vec<Sector>,
+    /// Writes that are discards: their content is zeros.
+    discards: BTreeSet<u32>,
     /// Requests acknowledged.
     pub acknowledged: u64,
     /// Without a volatile cache, what is acknowledged is durable.
@@ -52,13 +54,14 @@ impl Book {
     pub fn new(key: u64, sectors: usize, write_through: bool) -> Self {
         let sector =
             Sector { visible: vec![0], durable: vec![0], last: 0, readers: 0, writer: false };
-        Self { key, sectors: vec![sector; sectors], acknowledged: 0, write_through }
+        let sectors = vec![sector; sectors];
+        Self { key, sectors, discards: BTreeSet::new(), acknowledged: 0, write_through }
     }
 
     /// The content of a sector after a write.
     fn content(&self, sector: usize, write: u32) -> [u8; SECTOR] {
         let mut bytes = [0; SECTOR];
-        if write == 0 {
+        if write == 0 || self.discards.contains(&write) {
             return bytes;
         }
         let mut state = scramble(self.key ^ (sector as u64) << 32 ^ u64::from(write));
@@ -241,9 +244,9 @@ impl BlkHalf {
     /// Whether nothing under way would make the outcome uncertain.
     fn is_free(&self, operation: Operation, first: usize, count: usize) -> bool {
         let book = self.work.book.borrow();
-        book.sectors[first..first + count].iter().all(|sector| {
-            !sector.writer && (operation == Operation::Read || sector.readers == 0)
-        })
+        book.sectors[first..first + count]
+            .iter()
+            .all(|sector| !sector.writer && (operation == Operation::Read || sector.readers == 0))
     }
 
     fn tag(&mut self) -> u64 {
@@ -273,12 +276,17 @@ impl BlkHalf {
             Err(Error::Full) => return Ok(false),
             Err(error) => return Err(error.to_string()),
         }
-        for sector in &mut self.work.book.borrow_mut().sectors[first..first + count] {
+        let write = u32::try_from(tag).unwrap_or(u32::MAX);
+        let shared = self.work.book.clone();
+        let book = &mut *shared.borrow_mut();
+        book.discards.insert(write);
+        for sector in &mut book.sectors[first..first + count] {
             sector.writer = true;
-            sector.durable.push(0);
+            sector.last = write;
+            sector.durable.push(write);
         }
         let operation = Operation::Discard;
-        self.note(tag, Order { operation, first, count, write: 0, snapshot: Vec::new() });
+        self.note(tag, Order { operation, first, count, write, snapshot: Vec::new() });
         Ok(true)
     }
 
@@ -385,10 +393,16 @@ impl BlkHalf {
             return Err(format!("request {tag} is answered, but was not under way"));
         };
         if order.operation != operation {
-            return Err(format!("request {tag} was {:?}, answered is {operation:?}", order.operation));
+            return Err(format!(
+                "request {tag} was {:?}, answered is {operation:?}",
+                order.operation
+            ));
         }
         if let Err(error) = result {
-            return Err(format!("{operation:?} {tag} of {} at {}: {error}", order.count, order.first));
+            return Err(format!(
+                "{operation:?} {tag} of {} at {}: {error}",
+                order.count, order.first
+            ));
         }
         world.note(|| format!("{operation:?} {tag} is done"));
         let checked = if operation == Operation::Read {
@@ -436,9 +450,7 @@ impl BlkHalf {
                 }
                 _ => {
                     sector.writer = false;
-                    if !sector.visible.contains(&0) {
-                        sector.visible.push(0);
-                    }
+                    sector.visible.push(order.write);
                 }
             }
         }

@@ -104,9 +104,8 @@ impl Control {
         let mut client = client.expect("there is a store");
         loop {
             for port in control.domain.wait(None) {
-                if port == deaths {
-                    control.revive(&mut client);
-                }
+                // Again, for events that came meanwhile were not kept.
+                while port == deaths && control.revive(&mut client) {}
             }
         }
     }
@@ -206,8 +205,9 @@ impl Control {
         }
     }
 
-    /// Starts the next life of everybody who is dead.
-    fn revive(&mut self, client: &mut Client<XenstoreRing>) {
+    /// Starts the next life of everybody who is dead. True: somebody was.
+    fn revive(&mut self, client: &mut Client<XenstoreRing>) -> bool {
+        let mut any = false;
         let built = std::mem::take(&mut self.built);
         for blueprint in built.iter().filter(|blueprint| blueprint.id != STORE) {
             let mut info = DomainInfo::new_zeroed();
@@ -220,15 +220,17 @@ impl Control {
                 // What was ready before the domain is back must be found by itself.
                 let until = self.domain.now_ns() + self.random.magnitude(5_000_000);
                 while self.domain.now_ns() < until {
-                    drop(self.domain.wait(Some(until)));
+                    self.domain.wait(Some(until)).for_each(drop);
                 }
             }
+            any = true;
             self.op(control::RESTART, &mut DomainOp { domid: blueprint.id });
             let port = self.alloc_port(blueprint.id);
             self.fill(blueprint, info.incarnation + 1, port);
             self.start(blueprint, port, client);
         }
         self.built = built;
+        any
     }
 }
 

@@ -113,7 +113,13 @@ fn run(body: Box<dyn FnOnce()>) -> Option<String> {
     if payload.is::<Killed>() {
         return Some("killed".into());
     }
-    Some(PANIC.take().unwrap_or_else(|| text(payload.as_ref())))
+    Some(panic_text(payload.as_ref()))
+}
+
+/// What the last panic said, whose payload this is.
+#[must_use]
+pub fn panic_text(payload: &(dyn Any + Send)) -> String {
+    PANIC.take().unwrap_or_else(|| text(payload))
 }
 
 fn text(payload: &(dyn Any + Send)) -> String {
@@ -121,13 +127,13 @@ fn text(payload: &(dyn Any + Send)) -> String {
     message.or_else(|| payload.downcast_ref().copied()).unwrap_or("a panic").into()
 }
 
-/// Has panics in coroutines noted instead of printed.
+/// Lets [`noting_panics`] work.
 pub fn install_panic_hook() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         let usual = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if shmem::sim::is_watched() || IN_MODEL.get() {
+            if NOTING.get() {
                 let at = info.location().map(ToString::to_string).unwrap_or_default();
                 PANIC.set(Some(format!("{at}: {}", text(info.payload()))));
             } else {
@@ -138,19 +144,24 @@ pub fn install_panic_hook() {
 }
 
 thread_local! {
-    static IN_MODEL: Cell<bool> = const { Cell::new(false) };
+    static NOTING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs what is not a domain's own doing: without steps.
 pub fn unwatched<R>(work: impl FnOnce() -> R) -> R {
+    shmem::sim::unwatched(work)
+}
+
+/// Has panics noted ([`panic_text`]) instead of printed.
+pub fn noting_panics<R>(work: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
-            IN_MODEL.set(self.0);
+            NOTING.set(self.0);
         }
     }
-    let _restore = Restore(IN_MODEL.replace(true));
-    shmem::sim::unwatched(work)
+    let _restore = Restore(NOTING.replace(true));
+    work()
 }
 
 #[expect(deprecated, reason = "the alternative hands out a scope, which hooks cannot reach")]

@@ -29,6 +29,8 @@ pub struct Controller {
     bdf: Bdf,
     model: Model,
     treatment: Treatment,
+    /// Its queues have room for completions that nobody asked for.
+    has_room: bool,
     faults: Cell<u32>,
     /// System time that the model has seen.
     seen_ns: Cell<u64>,
@@ -53,6 +55,7 @@ impl Controller {
         };
         let controller = Rc::new(Self {
             bdf,
+            has_room: setup.queue_entries >= 64,
             model: Model::new(setup, vec![disk], memory),
             treatment,
             faults: Cell::new(0),
@@ -83,12 +86,12 @@ impl Controller {
             return None;
         }
         self.faults.set(self.faults.get() + 1);
-        Some(match random.below(5) {
+        Some(match random.below(if self.has_room { 5 } else { 3 }) {
             0 => Fault::Lost,
-            1 => Fault::Twice,
+            1 => Fault::Failed(Status::INTERNAL),
             2 => Fault::WrongPhase,
             3 => Fault::WrongId(u16::try_from(random.below(0x1_0000)).unwrap_or(0)),
-            _ => Fault::Failed(Status::INTERNAL),
+            _ => Fault::Twice,
         })
     }
 }

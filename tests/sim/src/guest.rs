@@ -147,11 +147,12 @@ impl Halves {
 
     fn are_closed(&self) -> bool {
         let closed = XenbusState::CLOSED;
-        self.net.as_ref().is_none_or(|net| {
-            net.front.state() == closed && net.front.backend_state() == closed
-        }) && self.blk.as_ref().is_none_or(|blk| {
-            blk.front.state() == closed && blk.front.backend_state() == closed
-        })
+        self.net
+            .as_ref()
+            .is_none_or(|net| net.front.state() == closed && net.front.backend_state() == closed)
+            && self.blk.as_ref().is_none_or(|blk| {
+                blk.front.state() == closed && blk.front.backend_state() == closed
+            })
     }
 
     fn go_on(&mut self, world: &World, domain: &mut Domain) -> Result<(), String> {

@@ -12,6 +12,7 @@ pub mod coroutine;
 pub mod disk;
 pub mod domain;
 pub mod guest;
+pub mod liar;
 pub mod link;
 pub mod random;
 pub mod run;

@@ -1,10 +1,12 @@
 //! A whole run: what the system of a seed is, and what must be true at its end.
 
-use crate::control::{Blueprint, CONTROL, CONTROL_HEAP, Control, Fate, STORE, Tree};
-use crate::domain::Start;
 use crate::block::{BlkWork, Book, DEVICE};
+use crate::control::{Blueprint, CONTROL, CONTROL_HEAP, Control, Fate, STORE, Tree};
+use crate::coroutine;
 use crate::disk::{self, Controller, Treatment};
+use crate::domain::Start;
 use crate::guest::{self, NetWork, Status, Work};
+use crate::liar;
 use crate::link::{Link, Mac};
 use crate::random::Random;
 use crate::services::{Card, Outside, net_main, store_main};
@@ -14,10 +16,11 @@ use axolotl_abi::start::{START_INFO_GPA, StartInfo};
 use domain_api::{DomainId, EventPort};
 use e1000e::model::{Dialect, Model};
 use frontends::{blkfront, netfront};
-use nvme::model::{RamDisk, Setup};
 use hv_core::fake::FakeFunction;
 use hv_core::platform::Bdf;
+use nvme::model::{RamDisk, Setup};
 use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use xen_abi::Gfn;
 use xenbus::device::{Device, DeviceKind};
@@ -48,6 +51,8 @@ pub struct Plan {
     pub messages: u32,
     /// Requests of each guest to its disk; 0: no disk.
     pub requests: u32,
+    /// Lies of one further guest.
+    pub lies: u64,
     /// What happens to commands of the storage controller.
     pub treatment: Treatment,
     /// The turn at which the power fails.
@@ -75,7 +80,7 @@ pub enum Deaths {
 }
 
 /// How a run was.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// What was wrong.
     pub failure: Option<String>,
@@ -124,6 +129,7 @@ impl Plan {
             guests: 1 + u16::try_from(random.below(2)).unwrap_or(0),
             messages: if kinds == 1 { 0 } else { 2 + number(random, 20) },
             requests: if kinds == 0 { 0 } else { 10 + number(random, 80) },
+            lies: if random.one_in(3) { 20 + random.below(200) } else { 0 },
             treatment: Treatment { fault_in: rate(random, 6, 30), faults: 2 },
             power_cut: random.one_in(4).then(|| 500 + random.magnitude(20_000)),
             deaths: Deaths::Random { most, steps: 4000 },
@@ -257,14 +263,18 @@ fn net_work(random: &mut Random, plan: &Plan, id: DomainId) -> NetWork {
         tx_buffers: 20 + u16::try_from(random.below(20)).unwrap_or(0),
         rx_buffers: 2 + u16::try_from(random.below(20)).unwrap_or(0),
         fragment: [4096, 1000, 90][random.index(3)],
-        grants: if per_request { netfront::GrantPolicy::PerRequest } else { netfront::GrantPolicy::Keep },
+        grants: if per_request {
+            netfront::GrantPolicy::PerRequest
+        } else {
+            netfront::GrantPolicy::Keep
+        },
         split_events: random.one_in(2),
     };
     let others = (GUEST..GUEST + plan.guests).map(DomainId).filter(|&other| other != id);
     let peers = others.map(mac_of).chain([OUTSIDE]);
     let count = plan.messages;
     let links = peers.map(|peer| Link::new(mac_of(id), peer, count, count)).collect();
-    NetWork { config, links, strangers: Vec::new() }
+    NetWork { config, links, strangers: vec![mac_of(liar_of(plan))] }
 }
 
 /// A storage controller as PCI shows it.
@@ -307,9 +317,17 @@ struct Guest {
     book: Option<Rc<RefCell<Book>>>,
 }
 
-/// Runs a plan.
+/// Runs a plan. A panic outside of domains' code, as one of a device's model, is a failure too.
 #[must_use]
 pub fn run(plan: &Plan) -> Outcome {
+    let done = catch_unwind(AssertUnwindSafe(|| coroutine::noting_panics(|| run_whole(plan))));
+    done.unwrap_or_else(|payload| Outcome {
+        failure: Some(coroutine::panic_text(payload.as_ref())),
+        ..Outcome::default()
+    })
+}
+
+fn run_whole(plan: &Plan) -> Outcome {
     let random = &mut Random::new(plan.seed, 2);
     let (card, storage) = (FakeFunction::nic(3, 0xc000_0000), nvme_function());
     let (card_bdf, storage_bdf) = (card.bdf, storage.bdf);
@@ -326,11 +344,10 @@ pub fn run(plan: &Plan) -> Outcome {
     }
     let (setup, disk) = disk_setup(random);
     let through = !setup.volatile_cache;
-    let controller =
-        Controller::plug(&world, storage_bdf, DISK, setup, disk, plan.treatment);
+    let controller = Controller::plug(&world, storage_bdf, DISK, setup, disk, plan.treatment);
     if plan.requests > 0 {
         tree.home(DISK);
-        blueprints.push(disk_blueprint(storage_bdf, &controller, &ids));
+        blueprints.push(disk_blueprint(storage_bdf, &controller, ids.len() + 1));
     }
     let mut guests = Vec::new();
     for &id in &ids {
@@ -347,6 +364,9 @@ pub fn run(plan: &Plan) -> Outcome {
         let (status, book) = (Rc::default(), work.blk.as_ref().map(|blk| blk.book.clone()));
         blueprints.push(guest_blueprint(&world, id, work, Rc::clone(&status)));
         guests.push(Guest { id, status, book });
+    }
+    if plan.lies > 0 {
+        blueprints.push(liar_blueprint(&mut tree, plan));
     }
     start_control(&world, plan, blueprints, tree);
     let cut = let_run(&mut sim, plan, &guests);
@@ -387,9 +407,9 @@ fn store_blueprint() -> Blueprint {
     }
 }
 
-fn disk_blueprint(bdf: Bdf, controller: &Rc<Controller>, guests: &[DomainId]) -> Blueprint {
+fn disk_blueprint(bdf: Bdf, controller: &Rc<Controller>, vbds: usize) -> Blueprint {
     let controller = controller.clone();
-    let preserved = blkback::preserved::pages_for(guests.len());
+    let preserved = blkback::preserved::pages_for(vbds);
     Blueprint {
         id: DISK,
         name: "disk",
@@ -413,7 +433,10 @@ fn net_blueprint(
     let model = Model::new(dialect);
     let count = plan.messages;
     let links = guests.iter().map(|&id| Link::new(OUTSIDE, mac_of(id), count, count)).collect();
-    let wire = Wire { links, strangers: guests.iter().copied().map(mac_of).collect() };
+    let wire = Wire {
+        links,
+        strangers: guests.iter().copied().chain([liar_of(plan)]).map(mac_of).collect(),
+    };
     Card::plug(world, bdf, NET, model.clone(), wire);
     Blueprint {
         id: NET,
@@ -438,6 +461,31 @@ fn guest_blueprint(world: &Rc<World>, id: DomainId, work: Work, status: Rc<Statu
         device: None,
         mortal: false,
         main: Rc::new(move |domain| guest::main(&world, domain, work.clone(), &status)),
+    }
+}
+
+/// Which guest lies.
+fn liar_of(plan: &Plan) -> DomainId {
+    DomainId(GUEST + plan.guests)
+}
+
+fn liar_blueprint(tree: &mut Tree, plan: &Plan) -> Blueprint {
+    let id = liar_of(plan);
+    tree.home(id);
+    let net = (plan.messages > 0).then(|| vif_nodes(tree, id)).map(|()| NET);
+    let disk = (plan.requests > 0).then(|| vbd_nodes(tree, id)).map(|()| DISK);
+    let (random, lies) = (Random::new(plan.seed, 4), plan.lies);
+    Blueprint {
+        id,
+        name: "liar",
+        class: CLASS_GUEST,
+        heap_pages: 16,
+        preserved_pages: 0,
+        device: None,
+        mortal: false,
+        main: Rc::new(move |mut domain| {
+            liar::main(&mut domain, random.clone(), lies, (net, disk));
+        }),
     }
 }
 
@@ -475,7 +523,7 @@ fn judge(
         sim.check_core();
         if cut {
             controller.model().lose_power();
-        } else {
+        } else if plan.lies == 0 {
             for id in [NET, DISK] {
                 let left = world.view.mapped(id);
                 if left != 0 {

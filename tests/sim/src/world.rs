@@ -550,7 +550,6 @@ impl Sim {
     pub fn check_core(&self) {
         self.system.check_whole();
     }
-
 }
 
 impl Drop for Sim {
