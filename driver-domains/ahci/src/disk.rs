@@ -163,7 +163,7 @@ impl<R: Registers, C: Clock> AtaDisk<R, C> {
             bytes += u64::from(buffer.len);
         }
         let too_many = request.buffers.len() > usize::from(self.geometry.max_buffers);
-        if too_many || bytes != request.sectors * 512 {
+        if too_many || bytes / 512 != request.sectors {
             return Err(DiskError::Unsupported);
         }
         self.check_range(request)

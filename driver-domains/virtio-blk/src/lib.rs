@@ -274,10 +274,11 @@ impl<T: Transport> Disk for VirtioBlk<T> {
 fn check_buffers(buffers: &[Buffer<'_>], sectors: u64, most: usize) -> Result<(), DiskError> {
     let is_whole = |buffer: &Buffer<'_>| {
         let end = u32::from(buffer.offset) + u32::from(buffer.len);
-        buffer.len != 0 && buffer.offset % 512 == 0 && buffer.len % 512 == 0 && end <= 4096
+        let aligned = buffer.offset.is_multiple_of(512) && buffer.len.is_multiple_of(512);
+        buffer.len != 0 && aligned && end <= 4096
     };
     let bytes: u64 = buffers.iter().map(|buffer| u64::from(buffer.len)).sum();
-    if buffers.len() > most || bytes != sectors * 512 || !buffers.iter().all(is_whole) {
+    if buffers.len() > most || bytes / 512 != sectors || !buffers.iter().all(is_whole) {
         return Err(DiskError::Unsupported);
     }
     Ok(())

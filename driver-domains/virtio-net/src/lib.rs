@@ -199,9 +199,7 @@ impl<T: Transport> VirtioNet<T> {
         if !self.short {
             return received;
         }
-        let sent = self.transmit.arm();
-        self.short = !sent;
-        received || sent
+        self.transmit.arm() || received
     }
 
     /// Looks after the device now and then, say four times a second: the link's state in case
@@ -261,7 +259,10 @@ impl<T: Transport> Nic for VirtioNet<T> {
             self.collect();
         }
         let index = self.spare.pop();
-        self.short = index.is_none();
+        let was_short = core::mem::replace(&mut self.short, index.is_none());
+        if was_short && !self.short {
+            self.transmit.disarm();
+        }
         Some(self.transmit_buffers.lend(index?, Buffers::room()))
     }
 

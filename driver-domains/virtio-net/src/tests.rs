@@ -213,6 +213,8 @@ fn interrupts_are_few_and_none_is_missing() {
         assert!(sent(&model).expect("a frame").1, "somebody waits");
         assert!(device.arm(), "there is a buffer");
         assert!(send(&mut device, &frame(5, 60)));
+        assert!(!device.arm());
+        assert!(!sent(&model).expect("a frame").1, "nobody waits any more");
     }
 }
 
