@@ -111,10 +111,7 @@ impl Image {
     /// Bytes that a discard frees at once.
     #[must_use]
     pub fn cluster_bytes(&self) -> u32 {
-        match self.qcow.state() {
-            State::Ready(geometry) => geometry.physical_sector_size,
-            _ => 512,
-        }
+        self.qcow.cluster_bytes()
     }
 
     /// Whether no disk works for it.

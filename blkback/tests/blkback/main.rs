@@ -2,7 +2,9 @@
 
 mod disk;
 mod front;
+mod images;
 mod liars;
+mod real;
 mod restart;
 mod rig;
 mod traffic;
