@@ -1313,6 +1313,17 @@ impl System {
         self.core.lock().wake(&mut self.p, VcpuId::first(id));
     }
 
+    /// The same for one vCPU, if it waits for events.
+    ///
+    /// # Panics
+    /// There is no such vCPU.
+    pub fn wake_vcpu(&mut self, v: VcpuId) {
+        let mut core = self.core.lock();
+        if matches!(core.vcpu(v).wait, Wait::Event | Wait::Port(_)) {
+            core.wake(&mut self.p, v);
+        }
+    }
+
     /// Whether a port of a domain is pending.
     ///
     /// # Panics

@@ -129,7 +129,7 @@ impl<P: Platform> Core<P> {
             let len = (MAX_BYTES - done).min(4096 - (at & 0xfff) as usize);
             let part = &mut code[done..done + len];
             let gpa = translate(p, p2m, mode, at, false);
-            if !gpa.is_some_and(|gpa| access::read(p, p2m, gpa, part).is_ok()) {
+            if gpa.is_none_or(|gpa| access::read(p, p2m, gpa, part).is_err()) {
                 break;
             }
             done += len;
