@@ -226,15 +226,19 @@ impl Plane {
 
     /// Goes on with all volumes that are being opened.
     pub fn open_volumes<D: Disk>(&mut self, preserved: &mut Preserved, disks: &mut [D]) {
-        let mut pending = false;
+        let (mut any, mut pending) = (false, false);
         for place in 0..self.stations.len() {
             if let Some(Some(Station { volume: VolumeState::Opening(opening), .. })) =
                 self.stations.get_mut(place)
             {
+                any = true;
                 opening.look(&mut self.desk, disks, place);
                 // Those that were connected before come first, wherever they stand in the list.
                 pending |= opening.wanted.inherited && matches!(opening.stage, Stage::Find { .. });
             }
+        }
+        if !any {
+            return;
         }
         for inherited in [true, false] {
             for place in 0..self.stations.len() {
@@ -466,7 +470,8 @@ impl Opening {
 
     fn read<D: Disk>(&mut self, desk: &mut Desk, disks: &mut [D], place: usize, read: Place) {
         let Some(page) = desk.pool.take() else {
-            if desk.pool.is_empty() {
+            if desk.tags.len() == 0 {
+                // Nothing that is under way would bring one.
                 let message = "this driver domain has no pages to read a partition table into";
                 self.stage = Stage::Found(Err(message.to_string()));
             }

@@ -155,6 +155,7 @@ impl Plane {
                 link.outstanding -= 1;
                 let queue = &mut link.queues[usize::from(queue)];
                 if let Some(bounce) = bounce {
+                    self.desk.bouncing -= 1;
                     bounced(&mut self.desk.pool, queue, index, bounce, result);
                 }
                 queue.slot(index).completed(status_of(result));

@@ -116,12 +116,6 @@ impl Pool {
         Self { pages, free }
     }
 
-    /// Whether there are any, be they free or not.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.pages.is_empty()
-    }
-
     /// All of them, be they free or not.
     pub fn pages(&self) -> impl Iterator<Item = Page> + '_ {
         self.pages.iter().map(|page| page.page.clone())

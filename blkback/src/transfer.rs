@@ -9,6 +9,7 @@
 
 use crate::grants::Mappings;
 use crate::open::OpenVolume;
+use crate::preserved::BOUNCE_PAGES_PER_VBD;
 use crate::queue::{Phase, Queue, Slot};
 use crate::request::{Part, Wish, parse_segments, segment_pages};
 use crate::split::{self, Buffers};
@@ -32,6 +33,9 @@ pub struct Desk {
     pub tags: Tags,
     /// Pages of our own.
     pub pool: Pool,
+    /// Pages of our own that requests go through: a few at most, so that the others are there for
+    /// the in-flight tables of vbds that connect.
+    pub bouncing: usize,
     /// Granted pages that are mapped for requests.
     pub mapped: usize,
     /// So many pages were mapped when a request had to wait because they are too many.
@@ -78,6 +82,7 @@ impl Desk {
         Self {
             tags,
             pool,
+            bouncing: 0,
             mapped: 0,
             short: None,
             unmap: Vec::new(),
@@ -419,8 +424,10 @@ impl Desk {
         first: u64,
     ) -> Result<(), Busy> {
         let (begin, bytes) = (job.slot.cursor, volume.geometry.sector_size as usize);
-        let Some(name) = self.pool.take() else {
-            if self.pool.is_empty() {
+        let taken = if self.bouncing < BOUNCE_PAGES_PER_VBD { self.pool.take() } else { None };
+        let Some(name) = taken else {
+            // Nothing that is under way would bring one.
+            if self.bouncing == 0 {
                 job.slot.fail(RSP_ERROR);
                 return Ok(());
             }
@@ -439,8 +446,9 @@ impl Desk {
         let buffers = [Buffer { page: &own, offset: 0, len }];
         let range = (first, bytes as u64 / SECTOR);
         let submitted = volume.submit(self, disks, owner, operation, range, &buffers);
-        if submitted.is_err() {
-            self.pool.give(name);
+        match submitted {
+            Ok(()) => self.bouncing += 1,
+            Err(Busy) => self.pool.give(name),
         }
         submitted
     }

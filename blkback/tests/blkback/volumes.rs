@@ -116,6 +116,20 @@ fn partitions_are_found() {
     }
 }
 
+/// Without a page to spare nothing hangs: what needs one is refused.
+#[test]
+fn a_domain_without_pages_to_spare_says_so() {
+    let mut rig = Rig::new(vec![partitioned(), medium(geometry(8192, 4096))], 1);
+    rig.kill_back();
+    rig.preserved.truncate(1 + 1);
+    rig.start_back();
+    assert_eq!(attempt(&mut rig, 3, "2/whole", "w"), None);
+    let error = attempt(&mut rig, 4, "gpt:data", "w").unwrap();
+    assert!(error.contains("no pages to read a partition table"), "{error}");
+    let error = attempt(&mut rig, 5, "range:0+4K", "w").unwrap();
+    assert!(error.contains("no preserved pages left"), "{error}");
+}
+
 /// Death while partition tables are read.
 #[test]
 fn death_at_every_step_of_a_search() {
