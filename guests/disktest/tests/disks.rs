@@ -3,9 +3,9 @@
 
 use disktest::engine::{Engine, Mode, Options, Phase, Violation};
 use disktest::image;
-use disktest::model::Problem;
-use disktest::sector::{Owner, SECTOR};
-use disktest::stream::{LOG_SECTORS, Parameters};
+use disktest::model::{Model, Problem};
+use disktest::sector::{Owner, SECTOR, compose};
+use disktest::stream::{Kind, LOG_SECTORS, Parameters};
 use domain_api::disk::{Busy, Completion, Disk, DiskError, Geometry, Operation, Request, Tag};
 use domain_api::{DmaPage, Page};
 
@@ -360,6 +360,28 @@ fn every_defect_is_found_and_named() {
             assert!(allowed.contains(&mismatch.problem), "{defect:?}, seed {seed}: {mismatch}");
         }
     }
+}
+
+/// An emulated disk mixes what it reads with what is written meanwhile; nothing else may.
+#[test]
+fn a_torn_sector_is_excused_by_a_write_under_way_alone() {
+    let parameters = PARAMETERS;
+    let sector = parameters.data();
+    let writes = |n: u32| {
+        let step = parameters.step(n);
+        step.kind == Kind::Write && step.covers(sector)
+    };
+    let mut generations = (0..20_000).filter(|&n| writes(n)).map(|n| n + 1);
+    let (first, second) = (generations.next().unwrap(), generations.next().unwrap());
+    let mut torn = compose(OWNER, sector, first);
+    torn[256..].copy_from_slice(&compose(OWNER, sector, second)[256..]);
+    let mut model = Model::new(parameters, OWNER);
+    model.written(sector, 1, first);
+    assert_eq!(model.judge(sector, first, second, &torn), Ok(()), "the second one is under way");
+    let judged = model.judge(sector, first, second - 1, &torn);
+    assert_eq!(judged.map_err(|mismatch| mismatch.problem), Err(Problem::Torn), "it is not yet");
+    let judged = model.judge(sector, second, second, &torn);
+    assert_eq!(judged.map_err(|mismatch| mismatch.problem), Err(Problem::Torn), "it was before");
 }
 
 #[test]
