@@ -259,12 +259,11 @@ impl Model {
     /// Whether this run, which has made so many requests, may have written or discarded the sector
     /// while it was read.
     fn may_be_mixed(&self, sector: u64, expected: Expected, made: u32) -> bool {
-        let Expected { floor, discarded, .. } = expected;
-        let writes = |n| {
+        let changes = |n| {
             let step = self.parameters.step(n);
-            step.kind == Kind::Write && step.covers(sector)
+            step.changes() && step.covers(sector)
         };
-        discarded > floor || (floor..made).any(writes)
+        (expected.floor..made).any(changes)
     }
 
     /// Whether a discard since the floor allows zeros.
