@@ -7,8 +7,11 @@
 #![forbid(unsafe_code)]
 
 mod bzimage;
+mod cpio;
 mod elf;
 mod flat;
+
+pub use cpio::Archive;
 
 use std::fmt;
 
