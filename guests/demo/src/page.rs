@@ -382,6 +382,24 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_shown_when_there_is_one() {
+        let disk = DiskStatus {
+            backend_domid: 3,
+            backend_state: "connected",
+            sectors: 4096,
+            trouble: "a <b>".into(),
+            ..DiskStatus::default()
+        };
+        let status = Status { disk: Some(disk), ..Status::default() };
+        let (page, json) = (html(&status), json(&status));
+        assert!(page.contains("2.0 MiB (4096 sectors)") && page.contains("d3, connected"));
+        assert!(page.contains("a &lt;b&gt;") && page.contains("href=\"/disk/\""));
+        assert!(json.contains("\"disk_sectors\":4096,") && json.ends_with("_us\":0}\n"));
+        let without = self::json(&Status::default());
+        assert!(!without.contains("disk") && without.ends_with("\"connects\":0}\n"));
+    }
+
+    #[test]
     fn quantities_are_readable() {
         assert_eq!([bytes(1023), bytes(1536), bytes(5 << 19)], ["1023 B", "1.5 KiB", "2.5 MiB"]);
         assert_eq!([duration(61_000), duration(1_234)], ["1 min 1 s", "1.2 s"]);

@@ -638,7 +638,7 @@ impl Engine {
             self.pages[usize::from(page)].page.read(offset, &mut bytes);
             let request = flight.request();
             self.model
-                .judge(sector, floor, self.next, &bytes)
+                .judge(sector, floor, flight.covers.0, self.next, &bytes)
                 .map_err(|mismatch| Violation::Sector { request, mismatch })?;
         }
         self.stats.verified += u64::from(flight.sectors);

@@ -67,7 +67,7 @@ pub fn verify<E>(
         let bytes = &mut piece[..sectors * SECTOR];
         read(at, bytes).map_err(Error::Read)?;
         for (sector, bytes) in (at..).zip(bytes.chunks(SECTOR)) {
-            match model.judge(sector, model.floor(sector), 0, bytes) {
+            match model.judge(sector, model.floor(sector), 0, 0, bytes) {
                 Ok(()) => report.verified += 1,
                 Err(mismatch) if report.mismatches.len() < MOST => report.mismatches.push(mismatch),
                 Err(_) => {}

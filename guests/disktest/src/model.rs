@@ -15,6 +15,7 @@ use crate::stream::{Kind, MAX_AHEAD, Parameters, Step};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
 
 /// What is known of a sector. 0 means "never".
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -205,11 +206,19 @@ impl Model {
     }
 
     /// Compares a sector with what it may hold, when `floor` was its floor at the time that the
-    /// read was submitted, and `made` requests were made so far.
+    /// read was submitted, and `made` requests were made so far. The first `began` of them were
+    /// over before the read was submitted, so they do not excuse a mixture.
     ///
     /// # Errors
     /// It holds something else.
-    pub fn judge(&self, sector: u64, floor: u32, made: u32, bytes: &[u8]) -> Result<(), Mismatch> {
+    pub fn judge(
+        &self,
+        sector: u64,
+        floor: u32,
+        began: u32,
+        made: u32,
+        bytes: &[u8],
+    ) -> Result<(), Mismatch> {
         let cell = self.cells[self.place(sector)];
         let limit = self.limit(made);
         let expected = Expected { floor, limit, discarded: cell.discarded };
@@ -217,7 +226,9 @@ impl Model {
             Content::Whole(header) => (self.judge_whole(sector, expected, &header), Some(header)),
             // What lay there before the run may be anything, but not of this run.
             Content::Torn(header) if floor == 0 && !self.is_own(&header) => return Ok(()),
-            Content::Torn(_) | Content::Foreign if self.may_be_mixed(sector, expected, made) => {
+            Content::Torn(_) | Content::Foreign
+                if self.may_be_mixed(sector, began.max(floor)..made) =>
+            {
                 return Ok(());
             }
             Content::Torn(header) => (Some(Problem::Torn), Some(header)),
@@ -256,14 +267,12 @@ impl Model {
         (!made).then_some(Problem::NeverWritten)
     }
 
-    /// Whether this run, which has made so many requests, may have written or discarded the sector
-    /// while it was read.
-    fn may_be_mixed(&self, sector: u64, expected: Expected, made: u32) -> bool {
-        let changes = |n| {
+    /// Whether one of the requests `during` changed the sector.
+    fn may_be_mixed(&self, sector: u64, mut during: Range<u32>) -> bool {
+        during.any(|n| {
             let step = self.parameters.step(n);
             step.changes() && step.covers(sector)
-        };
-        (expected.floor..made).any(changes)
+        })
     }
 
     /// Whether a discard since the floor allows zeros.

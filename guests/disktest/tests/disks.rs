@@ -377,10 +377,14 @@ fn a_torn_sector_is_excused_by_a_write_under_way_alone() {
     torn[256..].copy_from_slice(&compose(OWNER, sector, second)[256..]);
     let mut model = Model::new(parameters, OWNER);
     model.written(sector, 1, first);
-    assert_eq!(model.judge(sector, first, second, &torn), Ok(()), "the second one is under way");
-    let judged = model.judge(sector, first, second - 1, &torn);
+    assert_eq!(
+        model.judge(sector, first, first, second, &torn),
+        Ok(()),
+        "the second one is under way"
+    );
+    let judged = model.judge(sector, first, first, second - 1, &torn);
     assert_eq!(judged.map_err(|mismatch| mismatch.problem), Err(Problem::Torn), "it is not yet");
-    let judged = model.judge(sector, second, second, &torn);
+    let judged = model.judge(sector, second, second, second, &torn);
     assert_eq!(judged.map_err(|mismatch| mismatch.problem), Err(Problem::Torn), "it was before");
 }
 
