@@ -333,6 +333,21 @@ fn an_error_of_the_device_is_that_requests_alone() {
     assert_eq!(results, [Ok(()), Err(DiskError::Medium), Ok(())]);
 }
 
+/// The slot still holds how its last request ended.
+#[test]
+fn a_request_without_a_status_has_failed() {
+    let model = model(ALL, 256);
+    let mut disk = start(&model);
+    let page = [page(&model)];
+    for (status, expected) in [(&[status::OK][..], Ok(())), (&[], Err(DiskError::Failed))] {
+        assert!(submit(&mut disk, 0, Operation::Write, (0, 8), &page));
+        disk.kick();
+        let chain = model.take(0).expect("published");
+        model.give(0, &chain, status);
+        assert_eq!(disk.complete().expect("returned").result, expected);
+    }
+}
+
 #[test]
 fn a_flush_without_a_cache_is_no_request() {
     let model = model(ALL & !feature::FLUSH, 256);
@@ -348,6 +363,12 @@ fn a_device_that_stops_is_a_hang() {
     let model = model(ALL, 256);
     let mut disk = start(&model);
     let page = [page(&model)];
+    assert!(submit(&mut disk, 0, Operation::Read, (0, 8), &page));
+    disk.kick();
+    let mut medium = Medium::default();
+    medium.take(&model);
+    medium.execute(&model, 0);
+    assert!(disk.complete().is_some());
     assert_eq!(disk.check(PATIENCE_NS * 10), Ok(()), "nothing is asked of it");
     assert!(submit(&mut disk, 0, Operation::Read, (0, 8), &page));
     disk.kick();

@@ -274,6 +274,10 @@ fn a_device_that_stopped_is_noticed() {
     assert!(!needs_reset(&model));
     model.set_faults(Faults { needs_reset: true, ..Faults::default() });
     assert!(needs_reset(&model));
+    model.set_faults(Faults::default());
+    assert!(!needs_reset(&model));
+    model.clone().set_status(DeviceStatus::empty());
+    assert!(needs_reset(&model), "somebody has reset it");
 }
 
 #[test]
