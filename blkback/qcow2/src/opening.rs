@@ -385,6 +385,10 @@ impl Engine {
                 false => wanted,
             };
             if count == wanted {
+                if count == 0 {
+                    // Its refcount may never have reached the medium; the hint is past it.
+                    self.lower_hint(cluster);
+                }
                 continue;
             }
             if count != record.linked && count != record.unlinked {

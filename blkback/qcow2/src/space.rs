@@ -106,10 +106,17 @@ impl Engine {
     ) -> Result<Ticket, Stop> {
         let at = self.count_at(cluster).ok_or_else(|| damaged("a cluster has no refcount"))?;
         let ticket = self.cache.set_short(lower, &mut self.ops, at, count)?;
-        if count == 0 && cluster < self.space.hint {
-            self.set_hint(cluster);
+        if count == 0 {
+            self.lower_hint(cluster);
         }
         Ok(ticket)
+    }
+
+    /// A cluster is free.
+    pub(crate) fn lower_hint(&mut self, cluster: u64) {
+        if cluster < self.space.hint {
+            self.set_hint(cluster);
+        }
     }
 
     fn set_hint(&mut self, hint: u64) {
