@@ -90,7 +90,9 @@ pub(crate) fn home_of(domain: &Domain, domid: DomainId) -> Vec<Op> {
     ops.write(&path, "vm", format!("/vm/{uuid}"));
     ops.write(&path, "memory/static-max", memory_kib);
     ops.write(&path, "memory/target", memory_kib);
-    ops.write(&path, "cpu/0/availability", "online");
+    for vcpu in 0..domain.vcpus.max(1) {
+        ops.write(&path, &format!("cpu/{vcpu}/availability"), "online");
+    }
     ops.write(&path, "control/platform-feature-xs_reset_watches", 1);
     ops.write(&path, "control/platform-feature-multiprocessor-suspend", 1);
     for node in ["shutdown", "sysrq", "feature-poweroff", "feature-reboot"] {
