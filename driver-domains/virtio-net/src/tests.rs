@@ -245,6 +245,9 @@ fn lengths_that_are_no_frames_are_dropped() {
     assert_eq!(content(&device.receive().expect("the good one")), frame(3, 100));
     assert!(device.receive().is_none());
     assert_eq!(device.counters().bad_lengths, 5);
+    device.flush();
+    let room = std::iter::from_fn(|| deliver(&model, &frame(4, 60))).count();
+    assert_eq!(room, 15, "all but the one that is lent");
     for len in [13, 1519] {
         assert!(send(&mut device, &vec![1; len]));
     }
