@@ -35,8 +35,11 @@ pub const MAGIC: u32 = 0x5146_49fb;
 pub const CLUSTER_BITS: core::ops::RangeInclusive<u32> = 12..=21;
 /// The usual cluster size: 64 KiB.
 pub const USUAL_CLUSTER_BITS: u32 = 16;
-/// Most entries of the L1 table, and of the refcount table: they are held in memory.
+/// Most entries of the L1 table, and of the refcount table as far as it is about clusters of the
+/// volume: they are held in memory.
 pub const MOST_TABLE_ENTRIES: u64 = 1 << 17;
+/// Largest refcount table, in bytes: QEMU takes no larger one.
+const MOST_REFTABLE: u64 = 8 << 20;
 /// Largest virtual disk, in bytes.
 pub const MOST_BYTES: u64 = 1 << 50;
 /// Longest name of a backing file, in bytes.
@@ -261,12 +264,11 @@ impl Header {
             return Err(FormatError::RefcountOrder(self.refcount_order));
         }
         let needed = self.size.div_ceil(1 << self.l1_shift());
-        let reftable_entries = u64::from(self.reftable_clusters) << (self.cluster_bits - 3);
+        let reftable_bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
         if u64::from(self.l1_entries) < needed {
             return Err(FormatError::ShortL1);
         }
-        if u64::from(self.l1_entries) > MOST_TABLE_ENTRIES || reftable_entries > MOST_TABLE_ENTRIES
-        {
+        if u64::from(self.l1_entries) > MOST_TABLE_ENTRIES || reftable_bytes > MOST_REFTABLE {
             return Err(FormatError::LargeTables);
         }
         if self.backing_name.1 as usize > MOST_NAME {

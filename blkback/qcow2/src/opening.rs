@@ -321,7 +321,12 @@ impl Engine {
         header: &Header,
         bytes: u64,
     ) -> Result<(), Trouble> {
+        let needed = (bytes >> header.cluster_bits).div_ceil(header.block_entries());
         let entries = u64::from(header.reftable_clusters) << (header.cluster_bits - 3);
+        let entries = entries.min(needed);
+        if entries > format::MOST_TABLE_ENTRIES {
+            return Err(FormatError::LargeTables.into());
+        }
         while (self.space.reftable.len() as u64) < entries {
             let at = header.reftable_offset + 8 * self.space.reftable.len() as u64;
             let word = self.cache.word(lower, &mut self.ops, File::Image, at)?;

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use axl::disk::{self, DiskCommand};
 use axl::{Client, ClientError, show, vbd};
 use axolotl_abi::protocol::{Request, Response};
 use clap::{Parser, Subcommand};
@@ -97,6 +98,9 @@ enum Command {
         /// The domain.
         name: String,
     },
+    /// Makes and inspects disks as files on the host; needs no running system.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Checks a system file and explains it: who owns what, who may talk to whom.
     Check {
         /// The system file.
@@ -121,6 +125,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.command {
         Command::Check { file } => return check(file, arguments.json),
+        Command::Disk(command) => return disk(command, arguments.json),
         command => connect(&arguments)
             .map_err(Failure::from)
             .and_then(|mut client| run(&mut client, command, arguments.json)),
@@ -184,7 +189,7 @@ fn run(client: &mut Client, command: &Command, json: bool) -> Result<(), Failure
         }
         Command::Dmesg => console(client, |position| Request::Dmesg { position }, false, json),
         Command::XenstoreLs { path, perms } => xenstore_ls(client, path, *perms, json),
-        Command::Check { .. } => Ok(()),
+        Command::Check { .. } | Command::Disk(_) => Ok(()),
     }
 }
 
@@ -279,6 +284,19 @@ fn xenstore_ls(client: &mut Client, root: &str, perms: bool, as_json: bool) -> R
         }));
     }
     if as_json { print_json(&Value::Array(nodes)) } else { Ok(()) }
+}
+
+fn disk(command: &DiskCommand, as_json: bool) -> ExitCode {
+    match disk::run(command) {
+        Ok((text, value)) => {
+            drop(if as_json { print_json(&value) } else { print(&text) });
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "axl: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn check(file: &std::path::Path, as_json: bool) -> ExitCode {

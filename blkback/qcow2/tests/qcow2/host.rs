@@ -25,6 +25,9 @@ struct Flight {
     buffers: Vec<(DmaPage, u16, u16)>,
 }
 
+/// A disk that needs three L2 tables of 4 KiB clusters.
+pub const SMALL_SIZE: u64 = 5 << 20;
+
 /// What shall be served.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -47,6 +50,8 @@ pub struct Host {
     pub errors: Vec<DiskError>,
     /// Buffers are whole pages.
     pub aligned: bool,
+    /// Whatever is read is believed.
+    pub trusting: bool,
     journal: Page,
     shape: Shape,
     flights: BTreeMap<u32, Flight>,
@@ -99,6 +104,7 @@ impl Host {
             dice: Dice::new(seed),
             errors: Vec::new(),
             aligned: false,
+            trusting: false,
             journal,
             shape,
             flights: BTreeMap::new(),
@@ -109,6 +115,11 @@ impl Host {
 
     pub fn in_flight(&self) -> usize {
         self.flights.len()
+    }
+
+    /// The number of the next write.
+    pub fn peek_id(&self) -> u64 {
+        self.next_id
     }
 
     /// Goes on until the image is ready or has failed.
@@ -223,7 +234,7 @@ impl Host {
             }
             match action.operation {
                 Operation::Flush => self.model.flushed(flight.begun),
-                Operation::Read => self.verify(&flight),
+                Operation::Read if !self.trusting => self.verify(&flight),
                 _ => {}
             }
         }

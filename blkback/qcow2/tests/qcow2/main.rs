@@ -3,5 +3,6 @@
 mod crash;
 mod disk;
 mod host;
+mod images;
 mod model;
 mod qemu;
