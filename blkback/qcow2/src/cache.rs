@@ -383,12 +383,10 @@ impl Cache {
 const PAGE_LEN: u16 = 4096;
 const _: () = assert!(PAGE_LEN as usize == PAGE_SIZE);
 
-#[expect(clippy::cast_possible_truncation, reason = "below the size of a page")]
 const fn inside(at: u64) -> usize {
     (at % PAGE_BYTES) as usize
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "below the number of buckets")]
 const fn bucket(key: Key) -> usize {
     let mixed = key.number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
     (mixed as usize ^ key.file as usize) % BUCKETS

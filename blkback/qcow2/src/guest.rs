@@ -198,19 +198,15 @@ impl Engine {
             _ => {}
         }
         let has_data = matches!(request.operation, Operation::Read | Operation::Write);
+        let is_unit = request.sector.is_multiple_of(unit) && request.sectors.is_multiple_of(unit);
+        let fits =
+            !has_data || (bytes == request.sectors * SECTOR && self.offered.takes(request.buffers));
         if request.sector > self.offered.sectors
             || request.sectors > self.offered.sectors - request.sector
         {
-            Err(DiskError::OutOfRange)
-        } else if !request.sector.is_multiple_of(unit) || !request.sectors.is_multiple_of(unit) {
-            Err(DiskError::Unsupported)
-        } else if has_data
-            && (bytes != request.sectors * SECTOR || !self.offered.takes(request.buffers))
-        {
-            Err(DiskError::Unsupported)
-        } else {
-            Ok(())
+            return Err(DiskError::OutOfRange);
         }
+        if is_unit && fits { Ok(()) } else { Err(DiskError::Unsupported) }
     }
 
     /// Passes a read or write on that is one request below, as most are. False: it is not.

@@ -71,12 +71,12 @@ fn every_instant(shape: Shape, seeds: u64) {
 
 #[test]
 fn a_kill_at_any_instant_loses_nothing() {
-    every_instant(SMALL, 6);
+    every_instant(SMALL, 3);
 }
 
 #[test]
 fn a_kill_at_any_instant_loses_nothing_of_an_overlay() {
-    every_instant(Shape { backing: Some(3 * 1024 * KIB + 512 * 5), ..SMALL }, 6);
+    every_instant(Shape { backing: Some(3 * 1024 * KIB + 512 * 5), ..SMALL }, 3);
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn a_kill_at_any_instant_loses_nothing_without_a_volatile_cache() {
         queue_depth: 3,
         ..GEOMETRY
     };
-    every_instant(Shape { geometry, ..SMALL }, 6);
+    every_instant(Shape { geometry, ..SMALL }, 3);
 }
 
 /// A shape that a seed stands for.

@@ -208,7 +208,7 @@ impl Host {
         let cluster = (1 << self.shape.cluster_bits) / 512;
         let size = self.shape.size / 512;
         match action.operation {
-            Operation::Write | Operation::WriteZeroes => vec![first..end],
+            Operation::Write | Operation::WriteZeroes => core::iter::once(first..end).collect(),
             Operation::Discard => {
                 let whole = first.div_ceil(cluster)..size.div_ceil(cluster);
                 whole

@@ -201,7 +201,7 @@ fn lies(seeds: core::ops::Range<u64>) {
             };
             let word = match dice.below(4) {
                 0 => dice.next(),
-                1 => (1 << 63) | dice.below(2048) * 4096,
+                1 => (1 << 63) | (dice.below(2048) * 4096),
                 2 => dice.below(1 << 24),
                 _ => 0,
             };
