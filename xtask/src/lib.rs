@@ -26,4 +26,5 @@ pub mod project;
 pub mod qemu;
 pub mod run;
 pub mod setup;
+pub mod sim;
 pub mod suite;

@@ -10,7 +10,7 @@ use xtask::checks::{self, Job};
 use xtask::doses::Controller;
 use xtask::qemu::{Accel, Options, Ports};
 use xtask::suite::{self, Which};
-use xtask::{bench, doses, iso, run};
+use xtask::{bench, doses, iso, run, sim};
 
 /// Builds, boots, tests and measures Axolotl. Whatever a task needs and does not find, it sets up.
 #[derive(Parser)]
@@ -89,6 +89,11 @@ enum Xtask {
         #[arg(long, default_value_t = 1_000_000)]
         calls: u64,
     },
+    /// Simulates the whole system on the host, with deaths of drivers, one run for each seed.
+    Sim {
+        #[command(flatten)]
+        seeds: sim::Seeds,
+    },
     /// Measures the budgets of the design, counted in instructions so that figures repeat.
     Bench {
         /// For programs.
@@ -142,6 +147,7 @@ fn work(task: Xtask) -> miette::Result<()> {
         Xtask::CrashSoak { kills } => doses::crash_soak(kills),
         Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
         Xtask::Selftest { calls } => doses::selftest(calls),
+        Xtask::Sim { seeds } => sim::sim(seeds),
         Xtask::Bench { json } => bench::bench(json),
         Xtask::Loom => checks::loom(),
         Xtask::Miri => checks::miri(),

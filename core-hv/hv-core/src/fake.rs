@@ -859,6 +859,25 @@ impl View {
         self.core.lock().domain(id).map_or(0, |domain| domain.ports.used)
     }
 
+    /// What a domain waits for and what is pending, for messages.
+    #[must_use]
+    pub fn describe(&self, id: DomainId) -> std::string::String {
+        let core = self.core.lock();
+        let Some(domain) = core.domain(id) else { return "absent".into() };
+        let word = |at| self.p.load64(domain.shared, at);
+        let upcall = self.p.load8(domain.shared, VCPU_UPCALL_PENDING);
+        let vcpu = domain.vcpu();
+        std::format!(
+            "{:?} {:?} queued {} on {:?} upcall {upcall} selected {:#x} pending {:#x}",
+            domain.stage,
+            vcpu.wait,
+            vcpu.queued,
+            vcpu.on_cpu,
+            word(VCPU_PENDING_SEL),
+            word(EVTCHN_PENDING),
+        )
+    }
+
     /// Whether a port of a domain is open.
     #[must_use]
     pub fn is_open(&self, id: DomainId, port: EventPort) -> bool {

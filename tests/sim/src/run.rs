@@ -389,7 +389,7 @@ fn let_run(sim: &mut Sim, plan: &Plan, guests: &[Guest]) -> bool {
     if end == End::Stuck {
         let waits: Vec<String> =
             guests.iter().map(|guest| guest.status.waits_for.borrow().clone()).collect();
-        world.fail(format_args!("nothing goes on: {waits:?}"));
+        world.fail(format_args!("nothing goes on: {}{waits:?}", world.describe()));
     }
     false
 }
@@ -409,7 +409,7 @@ fn store_blueprint() -> Blueprint {
 
 fn disk_blueprint(bdf: Bdf, controller: &Rc<Controller>, vbds: usize) -> Blueprint {
     let controller = controller.clone();
-    let preserved = blkback::preserved::pages_for(vbds);
+    let preserved = blkback::preserved::pages_for(vbds, 0);
     Blueprint {
         id: DISK,
         name: "disk",

@@ -230,6 +230,15 @@ impl World {
         self.slots.borrow().get(&id).map_or(0, |slot| slot.deaths.get())
     }
 
+    /// What everybody waits for, for messages.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let slots = self.slots.borrow();
+        let lines =
+            slots.values().map(|slot| format!("{}: {}; ", slot.name, self.view.describe(slot.id)));
+        lines.collect()
+    }
+
     /// Has a device moved by the world.
     pub fn plug(&self, hardware: Rc<dyn Hardware>) {
         self.hardware.borrow_mut().push(hardware);
@@ -528,6 +537,7 @@ impl Sim {
             world.random(|random| (ids[random.index(ids.len())], 1 + random.below(24)));
         let port = domain_api::EventPort(u32::try_from(port).unwrap_or(1));
         if world.view.is_open(id, port) {
+            world.note(|| format!("a spurious event at {port:?} of {id}"));
             world.view.raise(id, port);
         }
     }
