@@ -92,6 +92,13 @@ pub enum GuestExit {
     Nothing,
     /// An instruction that this processor does not have as far as the guest knows.
     Undefined,
+    /// An exception that the machine layer must see, for the guest to have.
+    Exception {
+        /// Its number.
+        vector: u8,
+        /// Its error code, if it has one.
+        error: Option<u32>,
+    },
     /// It can take an interrupt now.
     Window,
     /// An NMI handler ends: `rip` is at its IRET, which the guest executes next.

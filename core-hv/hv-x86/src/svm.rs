@@ -6,6 +6,7 @@
 //! | system registers | in the VMCB, switched by VMRUN, VMLOAD and VMSAVE |
 //! | x87 and SSE, DR0 to DR3 | switched when another guest's vCPU ran here before; taken off when it leaves |
 //! | XSAVE state | not offered: XCR0 stays 1, XSETBV faults, so there is none |
+//! | protection keys | not offered; the register is emptied when another guest's vCPU ran here before |
 //! | memory | the domain's own page table as nested page table |
 //!
 //! A TLB entry belongs to an address space identifier. A vCPU gets a new one when it comes from
@@ -27,7 +28,7 @@ use hv_core::platform::{
     Event, GuestExit, GuestMsr, Mode, NoGuests, PortAccess, Readiness, Registers, Space, Start,
 };
 use spin::Once;
-use x86_64::registers::control::{Cr0, Cr0Flags};
+use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
 global_asm!(
@@ -63,6 +64,8 @@ const VM_CR_DISABLED: u64 = 1 << 4;
 
 /// Places in the control block, all of 64 bits unless said otherwise.
 mod at {
+    /// 32 bits, by vector.
+    pub const INTERCEPT_EXCEPTIONS: usize = 0x008;
     /// 32 bits.
     pub const INTERCEPT_1: usize = 0x00c;
     /// 32 bits.
@@ -110,6 +113,9 @@ mod at {
     pub const PAT: usize = 0x668;
 }
 
+/// #DB and #AC, whose delivery can cause the next one without end and without an interrupt between
+/// (CVE-2015-8104, CVE-2015-5307), and #MC, which is ours.
+const STOPS_EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
 /// INTR, NMI, INIT, VINTR, CPUID, INVD, HLT, INVLPGA, I/O, MSR, shutdown.
 const STOPS_1: u32 = 1 << 0
     | 1 << 1
@@ -160,6 +166,7 @@ struct Svm {
     msr_map: u64,
     asids: u32,
     next_rip: bool,
+    keys: bool,
 }
 
 static SVM: Once<Result<Svm, NoGuests>> = Once::new();
@@ -194,7 +201,9 @@ pub fn prepare(boot: &mut BootMemory) {
         for (msr, bits) in OPEN_MSRS {
             open_msr(msr_map, msr, bits);
         }
-        Svm { io_map, msr_map, asids, next_rip }
+        let features = raw_cpuid::CpuId::new().get_extended_feature_info();
+        let keys = features.is_some_and(|info| info.has_pku());
+        Svm { io_map, msr_map, asids, next_rip, keys }
     });
     SVM.call_once(|| found);
 }
@@ -277,6 +286,7 @@ impl Processor {
         unsafe { efer.write(value | EFER_SVME) };
         // SAFETY: exists where SVM does; the page is the processor's from now on.
         unsafe { Msr::new(VM_HSAVE).write(save_area) };
+        close_extended_state();
         // SAFETY: SVM is on; a page of our own. Segments, TR and system call registers of this
         // processor never change again.
         unsafe { asm!("vmsave rax", in("rax") self.host, options(nostack, preserves_flags)) };
@@ -402,6 +412,7 @@ impl Guest {
         // SAFETY: a frame that serves nothing else, by the caller's contract.
         unsafe { direct::<u8>(vmcb.0).write_bytes(0, 4096) };
         let svm = shared();
+        vmcb.set32(at::INTERCEPT_EXCEPTIONS, STOPS_EXCEPTIONS);
         vmcb.set32(at::INTERCEPT_1, STOPS_1);
         vmcb.set32(at::INTERCEPT_2, STOPS_2);
         vmcb.set32(at::INTERCEPT_3, STOPS_3);
@@ -489,6 +500,7 @@ impl Guest {
         };
         // SAFETY: back to what it was.
         unsafe { Cr0::write(cr0) };
+        clear_protection_keys();
         let [a, b, c, d] = self.debug;
         // SAFETY: no breakpoint is on outside of a guest.
         unsafe {
@@ -560,6 +572,9 @@ impl Guest {
         let code = self.vmcb.get(at::EXIT_CODE);
         let info = self.vmcb.get(at::EXIT_INFO_1);
         Stop::Exit(match code {
+            0x41 => GuestExit::Exception { vector: 1, error: None },
+            0x51 => GuestExit::Exception { vector: 17, error: Some(0) },
+            0x52 => panic!("machine check while a guest ran"),
             0x60 => return Stop::Interrupt(pending_interrupt()),
             // Taken by its handler, now that the global interrupt flag is set.
             0x61 | 0x63 => return Stop::Interrupt(0),
@@ -695,6 +710,45 @@ impl Guest {
     pub fn end_shadow(&mut self) {
         self.vmcb.set(at::SHADOW, 0);
     }
+}
+
+/// Makes sure that x87 is all that XSAVE knows, whatever the firmware left: guests can turn XSAVE on
+/// in CR4, but not more of it in XCR0.
+fn close_extended_state() {
+    if !raw_cpuid::CpuId::new().get_feature_info().is_some_and(|info| info.has_xsave()) {
+        return;
+    }
+    let cr4 = Cr4::read();
+    // SAFETY: exists by CPUID.
+    unsafe { Cr4::write(cr4 | Cr4Flags::OSXSAVE) };
+    // SAFETY: bit 0 alone is always valid.
+    unsafe {
+        asm!(
+            "xsetbv", in("ecx") 0, in("eax") 1, in("edx") 0,
+            options(nostack, nomem, preserves_flags)
+        );
+    };
+    // SAFETY: back to what it was.
+    unsafe { Cr4::write(cr4) };
+}
+
+/// Empties the protection-key register, which a guest can turn on in CR4 though it is not shown.
+fn clear_protection_keys() {
+    if !shared().keys {
+        return;
+    }
+    let cr4 = Cr4::read();
+    // SAFETY: exists by CPUID; with a register of zeros every access is as without.
+    unsafe { Cr4::write(cr4 | Cr4Flags::PROTECTION_KEY_USER) };
+    // SAFETY: CR4.PKE is on.
+    unsafe {
+        asm!(
+            "wrpkru", in("ecx") 0, in("eax") 0, in("edx") 0,
+            options(nostack, nomem, preserves_flags)
+        );
+    };
+    // SAFETY: back to what it was.
+    unsafe { Cr4::write(cr4) };
 }
 
 /// Lets us use x87 and SSE; answers CR0 as it was.

@@ -74,6 +74,9 @@ impl<P: Platform> Core<P> {
             GuestExit::SetXcr | GuestExit::Undefined => {
                 P::inject(state, Event::Exception(6, None));
             }
+            GuestExit::Exception { vector, error } => {
+                P::inject(state, Event::Exception(vector, error));
+            }
             GuestExit::Nothing => self.skip(p, v, state, 2),
             GuestExit::Window | GuestExit::NmiDone => {}
             GuestExit::Shutdown => self.guest_fails(v, DEATH_FAULT, 0, DOUBLE_FAULT),

@@ -28,8 +28,8 @@ use xen_abi::{DomainId, Errno, Gfn};
 const CALL_BYTES: u64 = 3;
 /// Extents that one call gives back or gets before others get a chance.
 const BATCH: u64 = 64;
-/// The largest extent, as a power of two of pages.
-const ORDER_MAX: u32 = 9;
+/// The largest extent, as a power of two of pages: what one call zeroes at most.
+const ORDER_MAX: u32 = 6;
 /// Bits of a `memory_op` command that name the command.
 const MEMORY_COMMAND: u64 = 0x3f;
 /// `vm_assist`: enable; times of states are marked while they are written.

@@ -16,6 +16,9 @@ const MTRR_CAPACITY: u32 = 0xfe;
 const MTRR_VARIABLE: u32 = 0x200;
 const MTRR_DEFAULT: u32 = 0x2ff;
 const PAT: u32 = 0x277;
+const DEBUG_CONTROL: u32 = 0x1d9;
+const LAST_BRANCHES: u32 = 0x1db;
+const LAST_BRANCHES_END: u32 = 0x1de;
 const X2APIC: u32 = 0x800;
 const EFER: u32 = 0xc000_0080;
 const PERFORMANCE: u32 = 0xc001_0000;
@@ -85,6 +88,7 @@ impl<P: Platform> Core<P> {
             MTRR_CAPACITY => 0x508,
             HARDWARE_CONFIG => STEADY_TSC,
             HYPERCALL_PAGE_MSR | SYSTEM_CONFIG | NORTHBRIDGE => 0,
+            DEBUG_CONTROL | LAST_BRANCHES..=LAST_BRANCHES_END => 0,
             PERFORMANCE..=0xc001_0007 => 0,
             DECODE_CONFIG => DECODE_VALUE,
             _ => *self.me_mut(v.domain).pvh.as_mut()?.memory_types.place(msr)?,
@@ -132,6 +136,7 @@ impl<P: Platform> Core<P> {
                 Some(())
             }
             PERFORMANCE..=0xc001_0007 => Some(()),
+            DEBUG_CONTROL | LAST_BRANCHES..=LAST_BRANCHES_END => (value == 0).then_some(()),
             _ => {
                 let pvh = self.me_mut(v.domain).pvh.as_mut()?;
                 *pvh.memory_types.place(msr)? = value;
