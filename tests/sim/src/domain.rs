@@ -47,7 +47,7 @@ const BATCH: usize = 32;
 const POINTED: usize = 2048;
 /// What reading the clock once takes, and at most when nothing else is done between two readings.
 const CLOCK_NS: u64 = 100;
-const CLOCK_MOST_NS: u64 = 200_000;
+const CLOCK_MOST_NS: u64 = 10_000;
 
 /// This domain. Clones are the same one.
 #[derive(Clone)]

@@ -115,6 +115,10 @@ impl NetHalf {
     }
 
     fn deadline_ns(&self) -> Option<u64> {
+        // A frame that has to wait for room is woken by an event; retries would only spin.
+        if self.waiting.is_some() {
+            return None;
+        }
         self.work.links.iter().filter_map(Link::deadline_ns).min()
     }
 }
