@@ -74,7 +74,7 @@ impl<T: Transport> Liar<'_, T> {
 
     fn device(&mut self) -> Device {
         let index = self.random.index(self.devices.len());
-        self.devices[index].clone()
+        self.devices[index]
     }
 
     fn grant(&mut self, to: DomainId) -> GrantRef {
@@ -102,7 +102,7 @@ impl<T: Transport> Liar<'_, T> {
     /// Mostly what it should be, sometimes anything.
     fn bent(&mut self, value: u32) -> String {
         match self.random.below(12) {
-            0 => self.random.next().to_string(),
+            0 => self.random.number().to_string(),
             1 => "-1".into(),
             2 => String::new(),
             _ => value.to_string(),
@@ -143,7 +143,7 @@ impl<T: Transport> Liar<'_, T> {
             let mut bytes = [0; 112];
             for word in bytes.chunks_exact_mut(4) {
                 let value = match self.random.below(4) {
-                    0 => u32::try_from(self.random.next() >> 32).unwrap_or(0),
+                    0 => u32::try_from(self.random.number() >> 32).unwrap_or(0),
                     1 => self.grants.last().map_or(8, |gref| gref.0),
                     2 => u32::try_from(self.random.below(600)).unwrap_or(0),
                     _ => u32::try_from(self.random.below(7)).unwrap_or(0),
@@ -155,7 +155,7 @@ impl<T: Transport> Liar<'_, T> {
             page.write(slot, &bytes);
         }
         let step = match self.random.below(8) {
-            0 => u32::try_from(self.random.next() >> 32).unwrap_or(0),
+            0 => u32::try_from(self.random.number() >> 32).unwrap_or(0),
             step => u32::try_from(step).unwrap_or(0) % 4,
         };
         page.u32(REQ_PROD).fetch_add(step, Relaxed);
@@ -167,7 +167,7 @@ impl<T: Transport> Liar<'_, T> {
     fn scribble(&mut self) {
         let index = self.random.index(PAGES);
         let offset = 4 * self.random.index(1024);
-        let value = u32::try_from(self.random.next() >> 32).unwrap_or(0);
+        let value = u32::try_from(self.random.number() >> 32).unwrap_or(0);
         self.pages[index].u32(offset).store(value, Relaxed);
     }
 

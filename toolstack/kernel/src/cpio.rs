@@ -83,7 +83,7 @@ mod tests {
             &second[..22],
             b"0707010000000200008".iter().chain(b"1ed").copied().collect::<Vec<u8>>().as_slice()
         );
-        assert_eq!(&second[110..124], b"bin/a\0xyz\00707");
+        assert_eq!(&second[110..124], b"bin/a\0xyz\x000707");
         assert!(bytes.len().is_multiple_of(4));
         assert!(bytes.windows(11).any(|part| part == b"TRAILER!!!\0"));
     }
