@@ -35,6 +35,7 @@ const APPLETS: &str = "sh mount umount cat echo ls ps dmesg reboot halt sync una
 
 /// The first program. Shutdown requests of the toolstack run `/sbin/poweroff` or `/sbin/reboot`.
 const INIT: &str = r#"#!/bin/sh
+export PATH=/bin:/sbin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
