@@ -252,7 +252,7 @@ mod tests {
 
     /// What an incarnation makes of the domain's pages.
     fn incarnation(pages: &[Page]) -> (Preserved, Pool) {
-        let (directory, rest) = split(pages.to_vec());
+        let (directory, rest) = split(Vec::from(pages));
         let rest = rest.into_iter().map(|page| DmaPage { page, bus_address: 0 }).collect();
         let mut pool = Pool::new(rest);
         (Preserved::new(directory.first().cloned(), &mut pool), pool)
