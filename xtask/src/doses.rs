@@ -7,12 +7,17 @@ pub const KILLS: &str = "AXOLOTL_KILLS";
 /// Name of the environment variable with the number of hostile calls.
 pub const CALLS: &str = "AXOLOTL_CALLS";
 
-/// Crashes `net0` `kills` times under a running download.
+/// Crashes `net0` `kills` times under a running download; with `alternate`, `net0` and `disk0` by
+/// turns, every 50 ms, under a download from the disk.
 ///
 /// # Errors
 /// The test fails; it says which promise was broken.
-pub fn crash_soak(kills: u32) -> miette::Result<()> {
-    let name = "crashes_under_a_download_leak_nothing";
+pub fn crash_soak(kills: u32, alternate: bool) -> miette::Result<()> {
+    let name = if alternate {
+        "files_are_right_while_both_drivers_are_killed_by_turns"
+    } else {
+        "crashes_under_a_download_leak_nothing"
+    };
     dose("default", name, KILLS, kills.into())
 }
 

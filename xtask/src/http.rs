@@ -158,10 +158,24 @@ pub fn download(
     server: SocketAddr,
     count: u64,
     limit: Duration,
+    progress: impl FnMut(u64),
+) -> Result<Download> {
+    download_from(server, &format!("/bytes/{count}"), count, limit, progress)
+}
+
+/// The same for `path`, where the same bytes are.
+///
+/// # Errors
+/// As [`download`].
+pub fn download_from(
+    server: SocketAddr,
+    path: &str,
+    count: u64,
+    limit: Duration,
     mut progress: impl FnMut(u64),
 ) -> Result<Download> {
     let start = Instant::now();
-    let mut answer = get(server, &format!("/bytes/{count}"), limit)?;
+    let mut answer = get(server, path, limit)?;
     if answer.status != 200 {
         return Err(Error::other(format!("status {}", answer.status)));
     }

@@ -73,6 +73,10 @@ enum Xtask {
         /// How often.
         #[arg(long, default_value_t = 1000)]
         kills: u32,
+        /// Kills the network driver and the disk driver by turns, every 50 ms, while a file is
+        /// downloaded from the disk.
+        #[arg(long)]
+        alternate: bool,
     },
     /// Kills a disk driver at random instants while a guest verifies every sector of its disk.
     DiskSoak {
@@ -144,7 +148,7 @@ fn work(task: Xtask) -> miette::Result<()> {
             };
             suite::test(filter.as_deref(), which)
         }
-        Xtask::CrashSoak { kills } => doses::crash_soak(kills),
+        Xtask::CrashSoak { kills, alternate } => doses::crash_soak(kills, alternate),
         Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
         Xtask::Selftest { calls } => doses::selftest(calls),
         Xtask::Sim { seeds } => sim::sim(seeds),

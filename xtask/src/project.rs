@@ -7,15 +7,21 @@ use std::process::Command;
 /// The target of everything that runs inside the machine.
 pub const TARGET: &str = "x86_64-unknown-none";
 /// The packages that are built for [`TARGET`].
-pub const FREESTANDING: [&str; 8] = [
+pub const FREESTANDING: [&str; 14] = [
     "hv-x86",
     "unikernel",
     "control-domain",
     "store-domain",
     "net-domain",
+    "nvme-domain",
+    "ahci-domain",
+    "virtio-blk-domain",
+    "virtio-net-domain",
+    "disktest",
     "demo-guest",
     "selftest",
     "pingpong",
+    "blockbench",
 ];
 
 /// The top directory of the checkout.

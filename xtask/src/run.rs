@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use system::DiskContent;
 
 /// How often a run looks whether somebody asked it to end.
 const TICK: Duration = Duration::from_millis(200);
@@ -44,11 +45,13 @@ pub fn run(system: &Path, wanted: &Wanted) -> miette::Result<()> {
         let _ = console::show(line, colour, &mut std::io::stdout().lock());
     })?;
     let over = Arc::new(AtomicBool::new(false));
+    let disks = &built.compiled.machine.disks;
+    let has_files = disks.iter().any(|disk| disk.content == DiskContent::DemoFiles);
     let watchers: Vec<_> = machine
         .forwards
         .iter()
         .filter(|forward| forward.tcp)
-        .map(|forward| announce_web(forward.clone(), Arc::clone(&over)))
+        .map(|forward| announce_web(forward.clone(), has_files, Arc::clone(&over)))
         .collect();
     let result = follow(machine, wanted.limit);
     over.store(true, Ordering::Relaxed);
@@ -68,7 +71,11 @@ fn say_how(built: &Built, accel: Accel) {
 }
 
 /// Says how to reach a guest as soon as it answers.
-fn announce_web(forward: Forward, over: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+fn announce_web(
+    forward: Forward,
+    has_files: bool,
+    over: Arc<AtomicBool>,
+) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let start = Instant::now();
         let server = SocketAddr::V4(forward.host);
@@ -78,10 +85,15 @@ fn announce_web(forward: Forward, over: Arc<AtomicBool>) -> std::thread::JoinHan
             return;
         }
         match result {
-            Ok(_) => eprintln!(
-                "up after {:.1} s: curl http://{server}/   (and in another terminal: cargo axl list)",
-                start.elapsed().as_secs_f32()
-            ),
+            Ok(_) => {
+                let time = start.elapsed().as_secs_f32();
+                eprintln!(
+                    "up after {time:.1} s: curl http://{server}/   (and in another terminal: cargo axl list)"
+                );
+                if has_files {
+                    eprintln!("files from a disk: curl http://{server}/disk/");
+                }
+            }
             Err(error) => eprintln!("warning: {error}"),
         }
     })

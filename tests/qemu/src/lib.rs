@@ -352,12 +352,19 @@ impl Running {
     /// Starts to download `count` bytes.
     #[must_use]
     pub fn start(server: SocketAddr, count: u64, limit: Duration) -> Self {
+        Self::start_from(server, &format!("/bytes/{count}"), count, limit)
+    }
+
+    /// Starts to download the same bytes from `path`.
+    #[must_use]
+    pub fn start_from(server: SocketAddr, path: &str, count: u64, limit: Duration) -> Self {
+        let path = path.to_owned();
         let (sender, result) = channel();
         let progress = Arc::new(std::sync::atomic::AtomicU64::new(0));
         let seen = Arc::clone(&progress);
         std::thread::spawn(move || {
             let note = |bytes| seen.store(bytes, std::sync::atomic::Ordering::Relaxed);
-            let _ = sender.send(http::download(server, count, limit, note));
+            let _ = sender.send(http::download_from(server, &path, count, limit, note));
         });
         Self { result, progress }
     }

@@ -28,7 +28,7 @@ fn the_guest_answers_and_axl_lists_all_domains() {
 
     let domains = platform.domains();
     let names: Vec<_> = domains.iter().map(|domain| domain.name.as_str()).collect();
-    for name in ["store", "net0", "demo"] {
+    for name in ["store", "net0", "disk0", "demo"] {
         assert!(names.contains(&name), "{name} is not in {names:?}");
     }
     assert!(domains.iter().all(|domain| domain.incarnation == 1 && domain.is_alive()));

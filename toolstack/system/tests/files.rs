@@ -69,10 +69,14 @@ fn a_missing_file_is_an_error_without_a_line() {
 #[test]
 fn the_default_system_is_what_the_readme_says() {
     let compiled = system::load(&systems().join("default.toml")).unwrap();
-    assert_eq!(compiled.images, ["control-domain", "store-domain", "net-domain", "demo-guest"]);
+    let images = ["control-domain", "store-domain", "net-domain", "nvme-domain", "demo-guest"];
+    assert_eq!(compiled.images, images);
     assert_eq!(compiled.system.name, "default");
-    let [store, net0, demo] = &compiled.system.domains[..] else { panic!("three domains") };
+    let [store, net0, disk0, demo] = &compiled.system.domains[..] else { panic!("four domains") };
     assert_eq!((store.role, net0.role, demo.role), (Role::Store, Role::Driver, Role::Guest));
+    assert_eq!((disk0.role, disk0.devices[0].bdf), (Role::Driver, 0x18));
+    let disk = &demo.disks[0];
+    assert_eq!((disk.backend.as_str(), disk.dev.as_str(), disk.writable), ("disk0", "xvda", false));
     assert_eq!((net0.devices[0].bdf, net0.devices[0].dma), (0x10, Dma::Trusted));
     assert_eq!((net0.memory_pages, net0.preserved_pages), (1024, 16));
     assert_eq!(demo.vifs[0].backend, "net0");
