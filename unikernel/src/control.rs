@@ -9,9 +9,10 @@ use crate::start::yield_now;
 use axolotl_abi::CONTROL_OP;
 use axolotl_abi::control::{
     ASSIGN_DEVICE, AssignDevice, CONSOLE_READ, CRASH, CREATE, ConsoleRead, Create, DESTROY,
-    DeathRecord, DomainInfo, DomainOp, GET_DEATH, GET_INFO, GET_PCI_FUNCTION, GetDeath, LOAD, Load,
-    PAUSE, PHYSINFO, POPULATE, PciFunction, PhysInfo, Populate, RESTART, SET_GRANT, SET_HVM_PARAM,
-    SET_START, SetGrant, SetHvmParam, SetStart, UNPAUSE,
+    DeathRecord, DomainInfo, DomainOp, ExitCounts, GET_DEATH, GET_EXITS, GET_INFO,
+    GET_PCI_FUNCTION, GetDeath, LOAD, Load, PAUSE, PHYSINFO, POPULATE, PciFunction, PhysInfo,
+    Populate, RESTART, SET_GRANT, SET_HVM_PARAM, SET_START, SetGrant, SetHvmParam, SetStart,
+    UNPAUSE,
 };
 use xen_abi::event::{ALLOC_UNBOUND, AllocUnbound};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, GrantRef};
@@ -107,6 +108,17 @@ pub fn set_grant(
 /// `EINVAL` or `EPERM` when there is no such parameter, or it is no PVH domain.
 pub fn set_hvm_param(domid: DomainId, index: u32, value: u64) -> Result<(), Errno> {
     call(SET_HVM_PARAM, &mut SetHvmParam { domid, pad: 0, index, value })
+}
+
+/// How often, and why, the vCPUs of a PVH domain needed the core.
+///
+/// # Errors
+/// `EINVAL` when it is none, `ESRCH` when there is no such domain.
+pub fn exits(domid: DomainId) -> Result<ExitCounts, Errno> {
+    let mut counts = ExitCounts::new_zeroed();
+    counts.domid = domid;
+    call(GET_EXITS, &mut counts)?;
+    Ok(counts)
 }
 
 /// Makes a port in a domain that we built, for `remote` to bind to.

@@ -236,6 +236,22 @@ pub struct Info {
     pub started_after_us: u64,
     /// Devices whose DMA nothing confines, and their owners.
     pub dma_trusted: Vec<(u32, String)>,
+    /// Guests with kernels of their own.
+    pub guests: Vec<GuestExits>,
+}
+
+/// Why the vCPUs of a guest with a kernel of its own needed the core, as
+/// [`crate::control::ExitCounts`] has it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GuestExits {
+    /// The domain.
+    pub name: String,
+    /// How often, by `EXIT_*`.
+    pub exits: Vec<u64>,
+    /// Accesses that no specification lists.
+    pub unlisted: u64,
+    /// The last of them.
+    pub last_unlisted: u64,
 }
 
 /// [`Response::Why`].

@@ -438,6 +438,13 @@ impl<P: Platform> Core<P> {
         }
     }
 
+    /// Whether an event takes a vCPU away from what it waits for: a kernel that has interrupts off
+    /// would only ask again.
+    pub(crate) fn is_interrupted(&self, p: &P, v: VcpuId) -> bool {
+        let is_deaf = self.me(v.domain).pvh.is_some() && !self.vcpu(v).virt.interrupts;
+        !is_deaf && self.has_upcall(p, v)
+    }
+
     /// Whether a vCPU would be told of an event now.
     pub(crate) fn has_upcall(&self, p: &P, v: VcpuId) -> bool {
         let (info, at) = self.vcpu(v).info;

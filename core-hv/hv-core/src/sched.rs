@@ -546,7 +546,7 @@ impl<P: Platform> Core<P> {
             only = port.0;
         }
         let is_late = op.timeout != 0 && op.timeout <= p.now_ns();
-        if is_late || self.has_upcall(p, self.acting(id)) {
+        if is_late || self.is_interrupted(p, self.acting(id)) {
             return Ok(0);
         }
         let vcpu = self.me_mut(id).vcpu_mut();

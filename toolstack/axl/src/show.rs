@@ -2,9 +2,9 @@
 
 use axolotl_abi::control::{
     DEATH_CRASHED, DEATH_FAULT, DEATH_RESTARTED, DEATH_RULE, DEATH_SHUTDOWN, DEATH_WATCHDOG,
-    vector_name,
+    EXIT_REASONS, vector_name,
 };
-use axolotl_abi::protocol::{DomainLine, DomainState, Info, Why};
+use axolotl_abi::protocol::{DomainLine, DomainState, GuestExits, Info, Why};
 use axolotl_abi::system::Role;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -130,7 +130,34 @@ pub fn info(info: &Info) -> String {
     for (bdf, owner) in &info.dma_trusted {
         line("dma trusted", format!("{} of {owner} can reach all memory", bdf_text(*bdf)));
     }
+    for guest in &info.guests {
+        line("exits", format!("{}: {}", guest.name, exits(guest)));
+        line("unlisted accesses", format!("{}: {}", guest.name, unlisted(guest)));
+    }
     text
+}
+
+/// What the counters of a guest's exits are called, in the order of `EXIT_*`.
+const EXIT_NAMES: [&str; EXIT_REASONS] =
+    ["cpuid", "msr", "hlt", "hypercall", "port", "memory", "window", "other"];
+
+fn exits(guest: &GuestExits) -> String {
+    let named = EXIT_NAMES.iter().zip(&guest.exits).filter(|(_, count)| **count > 0);
+    named.map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
+}
+
+/// How many, and what the last one was.
+fn unlisted(guest: &GuestExits) -> String {
+    let number = guest.last_unlisted & 0xffff_ffff;
+    let last = match guest.last_unlisted >> 32 {
+        1 => format!("MSR {number:#x} read"),
+        2 => format!("MSR {number:#x} written"),
+        3 => format!("port {number:#x}"),
+        4 => format!("page {number:#x}"),
+        5 => format!("hypercall {}, command {}", number >> 16, number & 0xffff),
+        _ => return "none".into(),
+    };
+    format!("{}, last {last}", guest.unlisted)
 }
 
 /// `axl info --json`.
@@ -139,6 +166,14 @@ pub fn info_json(info: &Info) -> Value {
     let trusted = info.dma_trusted.iter();
     let trusted: Vec<Value> =
         trusted.map(|(bdf, owner)| json!({"bdf": bdf_text(*bdf), "owner": owner})).collect();
+    let named = |guest: &GuestExits| {
+        let exits = EXIT_NAMES.iter().zip(&guest.exits);
+        let exits: serde_json::Map<_, _> =
+            exits.map(|(name, count)| ((*name).to_owned(), json!(count))).collect();
+        json!({"name": guest.name, "exits": exits, "unlisted": guest.unlisted,
+            "last_unlisted": guest.last_unlisted})
+    };
+    let guests: Vec<Value> = info.guests.iter().map(named).collect();
     json!({
         "system": info.system,
         "version": info.version,
@@ -151,6 +186,7 @@ pub fn info_json(info: &Info) -> Value {
         "uptime_ms": info.uptime_ms,
         "started_after_us": info.started_after_us,
         "dma_trusted": trusted,
+        "guests": guests,
     })
 }
 

@@ -10,7 +10,8 @@ extern crate alloc;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use axolotl_abi::control::{
-    ASSIGN_DMA_TRUSTED, Create, DeathRecord, DomainInfo, PciFunction, PhysInfo, Populate, SetStart,
+    ASSIGN_DMA_TRUSTED, Create, DeathRecord, DomainInfo, ExitCounts, PciFunction, PhysInfo,
+    Populate, SetStart,
 };
 use control::uart::{Ports, Uart};
 use control::{Control, Hypervisor, Setup, Wake};
@@ -138,6 +139,10 @@ impl Hypervisor for Core {
 
     fn info(&mut self, from: DomainId) -> Result<DomainInfo, Errno> {
         unikernel::control::info_from(from)
+    }
+
+    fn exits(&mut self, domid: DomainId) -> Result<ExitCounts, Errno> {
+        unikernel::control::exits(domid)
     }
 
     fn death(&mut self, domid: DomainId) -> Result<DeathRecord, Errno> {

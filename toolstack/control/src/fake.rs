@@ -14,8 +14,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use axolotl_abi::control::{
     CONSOLE_OF_CORE, Create, DEATH_CRASHED, DEATH_FAULT, DEATH_RESTARTED, DEATH_SHUTDOWN,
-    DeathRecord, DomainInfo, INFO_DMA_TRUSTED, PciFunction, PhysInfo, Populate, STATE_BLOCKED,
-    STATE_BUILDING, STATE_DEAD, STATE_PAUSED, STATE_RUNNING, SetStart,
+    DeathRecord, DomainInfo, ExitCounts, INFO_DMA_TRUSTED, PciFunction, PhysInfo, Populate,
+    STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED, STATE_RUNNING, SetStart,
 };
 use axolotl_abi::image::{
     BUNDLE_MAGIC, BundleHeader, BundleImage, IMAGE_MAGIC, ImageHeader, Segment,
@@ -219,6 +219,10 @@ impl Hypervisor for FakeCore {
 
     fn console_ring(&mut self, _: DomainId, _: EventPort, _: &mut [u8]) -> Result<usize, Errno> {
         Ok(0)
+    }
+
+    fn exits(&mut self, _: DomainId) -> Result<ExitCounts, Errno> {
+        Err(Errno::EINVAL)
     }
 
     fn leave_console(&mut self, _: DomainId) {}

@@ -1,7 +1,7 @@
 //! What the control domain asks of the core.
 
 use axolotl_abi::control::{
-    Create, DeathRecord, DomainInfo, PciFunction, PhysInfo, Populate, SetStart,
+    Create, DeathRecord, DomainInfo, ExitCounts, PciFunction, PhysInfo, Populate, SetStart,
 };
 use xen_abi::{DomainId, Errno, EventPort, GrantRef};
 
@@ -52,6 +52,8 @@ pub trait Hypervisor {
     fn crash(&mut self, domid: DomainId) -> Result<(), Errno>;
     /// `GET_INFO`: the domain with the lowest id that is not below `from`.
     fn info(&mut self, from: DomainId) -> Result<DomainInfo, Errno>;
+    /// `GET_EXITS`.
+    fn exits(&mut self, domid: DomainId) -> Result<ExitCounts, Errno>;
     /// `GET_DEATH`.
     fn death(&mut self, domid: DomainId) -> Result<DeathRecord, Errno>;
     /// `GET_PCI_FUNCTION`, for the function at `bdf`; `ENODEV` when there is none.

@@ -13,8 +13,8 @@ use axolotl_abi::control::{
     STATE_DEAD, STATE_DYING, STATE_PAUSED,
 };
 use axolotl_abi::protocol::{
-    self, DomainLine, DomainState, Failure, FrameError, FromControl, Info, MAX_CONSOLE, MAX_TEXT,
-    Request, Response, ToControl, Why,
+    self, DomainLine, DomainState, Failure, FrameError, FromControl, GuestExits, Info, MAX_CONSOLE,
+    MAX_TEXT, Request, Response, ToControl, Why,
 };
 use axolotl_abi::system::{Dma, Role};
 use xen_abi::{DomainId, Errno};
@@ -158,7 +158,24 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             tsc_khz: physical.tsc_khz,
             started_after_us: self.started_after_ns.unwrap_or(0) / 1000,
             dma_trusted,
+            guests: self.guest_exits(),
         }))
+    }
+
+    /// What the core counts of guests with kernels of their own.
+    fn guest_exits(&mut self) -> Vec<GuestExits> {
+        let mut guests = Vec::new();
+        for managed in self.domains.iter().filter(|managed| managed.domain.kernel.is_some()) {
+            if let Ok(counts) = self.hv.exits(managed.domid) {
+                guests.push(GuestExits {
+                    name: managed.domain.name.clone(),
+                    exits: counts.exits.to_vec(),
+                    unlisted: counts.unlisted,
+                    last_unlisted: counts.last_unlisted,
+                });
+            }
+        }
+        guests
     }
 
     fn why(&mut self, name: &str) -> Result<Response, Failure> {

@@ -63,6 +63,9 @@ const ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
 const INVARIANT_TSC: u32 = 1 << 8;
 /// CLZERO, and that LFENCE needs no help.
 const CAPACITY_EBX: u32 = bits(&[0]);
+/// All vCPUs are cores of one package, of which an APIC id of four bits names 16: a kernel then
+/// calibrates its delay loop on the first one only.
+const ONE_PACKAGE: u32 = 4 << 12 | 15;
 /// Physical address bits: what an address space can hold.
 const PHYSICAL_BITS_MAX: u32 = 46;
 
@@ -111,7 +114,7 @@ pub fn answer(
         0x8000_0008 => {
             let [eax, ebx, ..] = host(leaf, 0);
             let physical = (eax & 0xff).min(PHYSICAL_BITS_MAX);
-            [eax & 0xff00 | physical, ebx & CAPACITY_EBX, 0, 0]
+            [eax & 0xff00 | physical, ebx & CAPACITY_EBX, ONE_PACKAGE, 0]
         }
         _ => [0; 4],
     }

@@ -59,7 +59,9 @@ impl<P: Platform> Core<P> {
         if let Some(pvh) = &mut domain.pvh {
             pvh.exits[reason(exit)] += 1;
         }
-        self.vcpu_mut(v).virt.mode = P::mode(state);
+        let virt = &mut self.vcpu_mut(v).virt;
+        virt.mode = P::mode(state);
+        virt.interrupts = P::registers(state).rflags & INTERRUPTS_ON != 0;
         match exit {
             GuestExit::Cpuid => self.guest_cpuid(p, v, state),
             GuestExit::ReadMsr => self.guest_rdmsr(p, v, state),

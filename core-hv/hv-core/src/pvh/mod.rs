@@ -40,6 +40,8 @@ use msr::MemoryTypes;
 pub struct Virtual {
     /// How it ran when it last stopped.
     pub mode: Mode,
+    /// Whether it had interrupts on then.
+    pub interrupts: bool,
     /// Its local APIC.
     pub lapic: Lapic,
     /// A non-maskable interrupt waits for it.
@@ -67,6 +69,7 @@ impl Virtual {
                 code_bits: 32,
                 cpl: 0,
             },
+            interrupts: false,
             lapic: Lapic::new(),
             nmi: false,
             reset: false,
