@@ -9,6 +9,7 @@ use hv_core::domain::Stage;
 use hv_core::fake::{Config, D0, Fake, FakeVcpu, System};
 use hv_core::platform::{Event, Exit, GuestExit, NoGuests, Platform, PortAccess, Start};
 use hv_core::vcpu::{VcpuId, Wait};
+use proptest::prelude::*;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -66,7 +67,11 @@ impl Guest {
             let own = steps.clone();
             let program = move |_: &mut Fake, vcpu: &mut FakeVcpu, _| {
                 let next = own.borrow_mut().pop_front();
-                next.map_or(Exit::Guest(GuestExit::Halt), |step| step(vcpu))
+                let Some(step) = next else {
+                    vcpu.registers.rflags |= INTERRUPTS_ON;
+                    return Exit::Guest(GuestExit::Halt);
+                };
+                step(vcpu)
             };
             guest.system.p.machine().guest_programs.insert(frame, Box::new(program));
             guest.steps.push(steps);
@@ -648,4 +653,132 @@ fn a_domain_ends_when_the_last_of_its_vcpus_is_off_its_processor() {
     guest.system.check();
     let core = guest.system.core.lock();
     assert!(core.domain(guest.id).is_none() && core.domain(D0).unwrap().stage == Stage::Live);
+}
+
+/// Numbers that mean something somewhere, and any others.
+fn number() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0_u64..64,
+        Just(SCRATCH),
+        SCRATCH..SCRATCH + 4096,
+        (0_u64..64).prop_map(|page| page << 12),
+        Just(u64::MAX),
+        u64::MAX - 64..u64::MAX,
+        Just(0x8000_0000_0000),
+        Just(0xfee0_0030),
+        any::<u64>(),
+    ]
+}
+
+fn msr() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        Just(0x1b_u64),
+        Just(0xc000_0080),
+        Just(0x277),
+        Just(0x4000_0000),
+        0x800_u64..0x840,
+        0x200_u64..0x300,
+        any::<u32>().prop_map(u64::from),
+    ]
+}
+
+/// Everything that a processor may report, with anything in it.
+fn exit() -> impl Strategy<Value = GuestExit> {
+    let port = (any::<u16>(), 0_u8..3, any::<[bool; 3]>(), 1_u32..4, number());
+    let port = port.prop_map(|(port, bytes, [write, string, repeat], address, next_rip)| {
+        let (bytes, address_bytes) = (1 << bytes, 1 << address);
+        GuestExit::Port(PortAccess { port, bytes, write, string, repeat, address_bytes, next_rip })
+    });
+    prop_oneof![
+        8 => Just(GuestExit::Hypercall),
+        2 => Just(GuestExit::Cpuid),
+        2 => Just(GuestExit::ReadMsr),
+        4 => Just(GuestExit::WriteMsr),
+        1 => Just(GuestExit::Halt),
+        2 => port,
+        1 => (number(), any::<bool>()).prop_map(|(gpa, write)| {
+            GuestExit::Memory { gpa, write, implicit: false }
+        }),
+        1 => Just(GuestExit::Window),
+        1 => Just(GuestExit::NmiDone),
+        1 => Just(GuestExit::SetXcr),
+        1 => Just(GuestExit::Nothing),
+        1 => Just(GuestExit::Exception { vector: 1, error: None }),
+    ]
+}
+
+/// One step: which vCPU, in which mode, with which registers, and why it stops.
+#[derive(Clone, Debug)]
+struct Attack {
+    vcpu: usize,
+    bits: u8,
+    paging: [u64; 3],
+    registers: [u64; 6],
+    flags: u64,
+    msr: u64,
+    exit: GuestExit,
+    memory: [u64; 4],
+}
+
+fn attack() -> impl Strategy<Value = Attack> {
+    let bits = prop_oneof![6 => Just(64_u8), 1 => Just(32), 1 => Just(16)];
+    let paging = prop_oneof![
+        6 => Just([0; 3]),
+        // PG and WP; PAE; LMA.
+        1 => number().prop_map(|cr3| [1 << 31 | 1 << 16 | 1, cr3, 1 << 10]),
+        1 => number().prop_map(|cr3| [1 << 31 | 1, cr3, 0]),
+    ];
+    let number = [number(), number(), number(), number(), number(), number()];
+    let memory = [0_u64..64, 0..u64::MAX, 0..4096, 0..64];
+    (0_usize..2, bits, paging, number, any::<bool>(), msr(), exit(), memory).prop_map(
+        |(vcpu, bits, paging, registers, on, msr, exit, memory)| {
+            let flags = if on { INTERRUPTS_ON } else { 0 };
+            Attack { vcpu, bits, paging, registers, flags, msr, exit, memory }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 192 }, ..ProptestConfig::default() })]
+
+    /// Whatever a guest's vCPUs do, nobody else is hurt, and nothing is lost.
+    #[test]
+    fn hostile_guests_hurt_nobody(attacks in proptest::collection::vec(attack(), 1..60)) {
+        let mut guest = Guest::new(2);
+        guest.start_other();
+        let other = guest.system.guest("other");
+        for attack in attacks {
+            if !guest.is_live() {
+                break;
+            }
+            let words = attack.memory;
+            if guest.system.page(guest.id, Gfn::containing(SCRATCH)).is_some() {
+                guest.system.write(guest.id, SCRATCH, words.as_bytes());
+            }
+            let steps = guest.steps[attack.vcpu].clone();
+            steps.borrow_mut().push_back(Box::new(move |vcpu| {
+                let mode = &mut vcpu.guest.mode;
+                mode.code_bits = attack.bits;
+                [mode.cr0, mode.cr3, mode.efer] = attack.paging;
+                mode.cr4 = 1 << 5;
+                let r = &mut vcpu.registers;
+                [r.rax, r.rdi, r.rsi, r.rdx, r.r10, r.rbx] = attack.registers;
+                r.rax = if r.rax > 64 { r.rax } else { r.rax % 48 };
+                r.rcx = attack.msr;
+                r.rflags = attack.flags;
+                Exit::Guest(attack.exit)
+            }));
+            for vcpu in [0, 1] {
+                guest.system.wake_vcpu(VcpuId { domain: guest.id, index: vcpu });
+            }
+            guest.system.run(0, 4);
+        }
+        guest.system.check();
+        let result = guest.system.alloc_unbound(other, D0);
+        prop_assert!(result.is_ok(), "others go on");
+        guest.system.destroy(guest.id);
+        guest.system.destroy(other);
+        guest.system.check();
+        prop_assert!(guest.system.is_live(D0));
+    }
 }
