@@ -24,14 +24,13 @@ enum Kind {
     /// All of a raw file.
     Raw,
     /// A qcow2 image in the first partition of a raw file.
-    #[expect(dead_code, reason = "the disk domain does not open such images yet")]
     Cow,
 }
 
 #[test]
 #[ignore = "boots QEMU: run it by `cargo xtask test`"]
 fn no_write_is_lost_on_nvme() {
-    survives("disktest-nvme", &[("xvda", Kind::Raw)]);
+    survives("disktest-nvme", &[("xvda", Kind::Raw), ("xvdb", Kind::Cow)]);
 }
 
 #[test]

@@ -10,8 +10,6 @@ use toml::Spanned;
 
 /// Preserved pages that a network backend uses besides those of its vifs, and for each vif.
 const NETWORK_PAGES: (u32, u32) = (1, 2);
-/// The same of a block backend, for each vbd.
-const BLOCK_PAGES: (u32, u32) = (1, 24);
 /// Least preserved pages that a network driver gets when the file does not say a number.
 const USUAL_PAGES: u32 = 16;
 /// Most preserved pages: the room in the address space is far larger, the use is not.
@@ -22,6 +20,8 @@ const MAX_PRESERVED_PAGES: u32 = 1024;
 pub(super) struct Served {
     vifs: u32,
     disks: u32,
+    /// Those of the disks that are copy-on-write images.
+    images: u32,
 }
 
 impl Served {
@@ -31,20 +31,28 @@ impl Served {
         let vifs = domains().flat_map(|d| &d.vif).map(Spanned::get_ref);
         let disks = domains().flat_map(|d| &d.disk).map(Spanned::get_ref);
         let disks = disks.filter(|disk| disk.backend.get_ref() == name);
+        let is_image = |disk: &&schema::Disk| disk.cow.as_ref().is_some_and(|cow| *cow.get_ref());
         let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
         Self {
             vifs: number(vifs.filter(|vif| vif.backend.get_ref() == name).count()),
+            images: number(disks.clone().filter(is_image).count()),
             disks: number(disks.count()),
         }
     }
 
     /// Preserved pages that a backend of these needs.
     fn pages(self, service: Service) -> u32 {
-        let ((base, each), count) = match service {
-            Service::Network => (NETWORK_PAGES, self.vifs),
-            Service::Block => (BLOCK_PAGES, self.disks),
-        };
-        base.saturating_add(each.saturating_mul(count))
+        match service {
+            Service::Network => {
+                let (base, each) = NETWORK_PAGES;
+                base.saturating_add(each.saturating_mul(self.vifs))
+            }
+            Service::Block => {
+                let pages =
+                    blkback::preserved::pages_for(self.disks as usize, self.images as usize);
+                u32::try_from(pages).unwrap_or(u32::MAX)
+            }
+        }
     }
 
     /// What needs them, in words.
