@@ -86,6 +86,14 @@ pub enum Request {
         /// To start again, not to end.
         reboot: bool,
     },
+    /// Types on the console of a guest that has one to read from: [`Response::Done`], or
+    /// [`Failure::Busy`] when it has not read what was typed before.
+    ConsoleWrite {
+        /// The domain.
+        name: String,
+        /// What is typed, at most 256 bytes.
+        bytes: Vec<u8>,
+    },
 }
 
 /// A response.

@@ -2,7 +2,7 @@
 //!
 //! [`Client`] asks one running system, which [`rundir`] finds; [`mux`] is the other end on the
 //! host, through which whoever owns the machine's serial port lets many clients at it; and
-//! [`show`] turns answers into text and JSON, and [`vbd`] reads what xenstore says about disks. [`disk`] makes disks as files, and needs no
+//! [`show`] turns answers into text and JSON, and [`vbd`] reads what xenstore says about disks. [`keyboard`] is the terminal's. [`disk`] makes disks as files, and needs no
 //! running system. The other commands themselves are in the binary, the
 //! answers come from the control domain (`control`).
 
@@ -10,6 +10,7 @@
 
 mod client;
 pub mod disk;
+pub mod keyboard;
 pub mod mux;
 pub mod rundir;
 pub mod show;

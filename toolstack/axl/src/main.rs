@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use axl::disk::{self, DiskCommand};
+use axl::keyboard::{Keyboard, Typed};
 use axl::{Client, ClientError, show, vbd};
 use axolotl_abi::protocol::{Request, Response};
 use clap::{Parser, Subcommand};
@@ -50,7 +51,8 @@ enum Command {
         /// The domain.
         name: String,
     },
-    /// Shows a domain's console, and goes on until Ctrl-C.
+    /// Shows a domain's console, and goes on until Ctrl-C. At a terminal, what is typed goes to a guest
+    /// that reads it, and Ctrl-] ends it, as with `xl`.
     Console {
         /// The domain.
         name: String,
@@ -185,9 +187,12 @@ fn run(client: &mut Client, command: &Command, json: bool) -> Result<(), Failure
         }
         Command::Console { name, no_follow } => {
             let ask = |position| Request::ConsoleRead { name: name.clone(), position };
-            console(client, ask, !no_follow, json)
+            let keyboard = if *no_follow || json { None } else { Keyboard::open() };
+            console(client, ask, !no_follow, json, keyboard.as_ref().map(|keys| (keys, &**name)))
         }
-        Command::Dmesg => console(client, |position| Request::Dmesg { position }, false, json),
+        Command::Dmesg => {
+            console(client, |position| Request::Dmesg { position }, false, json, None)
+        }
         Command::XenstoreLs { path, perms } => xenstore_ls(client, path, *perms, json),
         Command::Check { .. } | Command::Disk(_) => Ok(()),
     }
@@ -218,6 +223,7 @@ fn console(
     ask: impl Fn(u64) -> Request,
     follow: bool,
     as_json: bool,
+    keyboard: Option<(&Keyboard, &str)>,
 ) -> Result<(), Failure> {
     let mut position = 0;
     let mut all = Vec::new();
@@ -228,7 +234,14 @@ fn console(
         position = start.saturating_add(bytes.len() as u64);
         let text = String::from_utf8_lossy(&bytes).into_owned();
         match (bytes.is_empty(), as_json) {
-            (true, _) if follow => std::thread::sleep(Duration::from_millis(200)),
+            (true, _) if follow => match keyboard {
+                None => std::thread::sleep(Duration::from_millis(200)),
+                Some((keyboard, name)) => match keyboard.typed() {
+                    Typed::Nothing => {}
+                    Typed::Detach => return Ok(()),
+                    Typed::Bytes(bytes) => type_on(client, name, bytes)?,
+                },
+            },
             (true, _) => break,
             (false, true) if follow => print_line(&json!({ "start": start, "text": text }))?,
             (false, true) => all.extend(bytes),
@@ -236,6 +249,14 @@ fn console(
         }
     }
     if as_json { print_json(&json!({ "text": String::from_utf8_lossy(&all) })) } else { Ok(()) }
+}
+
+/// Types on a guest's console. One that does not read it loses what is typed.
+fn type_on(client: &mut Client, name: &str, bytes: Vec<u8>) -> Result<(), Failure> {
+    match client.request(Request::ConsoleWrite { name: name.to_owned(), bytes }) {
+        Ok(_) | Err(ClientError::Refused(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Most nodes that are shown.

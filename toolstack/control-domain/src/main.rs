@@ -41,6 +41,15 @@ struct Console {
 const CONSOLE_GRANT: GrantRef = GrantRef(0);
 
 impl Core {
+    /// Attaches to a guest's console ring unless that is done.
+    fn reach(&mut self, domid: DomainId, port: EventPort) -> Result<(), Errno> {
+        if !self.consoles.contains_key(&domid.0) {
+            let console = self.attach(domid, port)?;
+            self.consoles.insert(domid.0, console);
+        }
+        Ok(())
+    }
+
     /// Maps a guest's console ring and binds to its port.
     fn attach(&mut self, domid: DomainId, port: EventPort) -> Result<Console, Errno> {
         let mapping = self.domain.map(domid, CONSOLE_GRANT, Access::ReadWrite);
@@ -96,10 +105,7 @@ impl Hypervisor for Core {
         port: EventPort,
         buffer: &mut [u8],
     ) -> Result<usize, Errno> {
-        if !self.consoles.contains_key(&domid.0) {
-            let console = self.attach(domid, port)?;
-            self.consoles.insert(domid.0, console);
-        }
+        self.reach(domid, port)?;
         let console = self.consoles.get_mut(&domid.0).ok_or(Errno::EIO)?;
         // Counters that cannot be are the guest's own loss.
         let len = console.ring.read(buffer).map_err(|_| Errno::EIO)?;
@@ -107,6 +113,22 @@ impl Hypervisor for Core {
             self.domain.notify(console.port);
         }
         Ok(len)
+    }
+
+    fn console_type(
+        &mut self,
+        domid: DomainId,
+        port: EventPort,
+        bytes: &[u8],
+    ) -> Result<bool, Errno> {
+        self.reach(domid, port)?;
+        let console = self.consoles.get_mut(&domid.0).ok_or(Errno::EIO)?;
+        if console.ring.writable().map_err(|_| Errno::EIO)? < bytes.len() {
+            return Ok(false);
+        }
+        console.ring.write(bytes).map_err(|_| Errno::EIO)?;
+        self.domain.notify(console.port);
+        Ok(true)
     }
 
     fn leave_console(&mut self, domid: DomainId) {

@@ -9,6 +9,8 @@ use alloc::vec::Vec;
 
 /// Bytes that are kept of each console for a death record.
 pub(crate) const TAIL: usize = 2048;
+/// Bytes that are kept of a guest's console ring.
+const KEPT: usize = 16 * 1024;
 /// A longer line is broken.
 const MAX_LINE: usize = 512;
 /// How long an unfinished line waits for its end.
@@ -22,6 +24,9 @@ pub(crate) struct Console {
     partial: Vec<u8>,
     partial_since: u64,
     tail: VecDeque<u8>,
+    /// The last bytes taken, where nobody else keeps them, and how many there ever were.
+    kept: VecDeque<u8>,
+    kept_end: u64,
 }
 
 impl Console {
@@ -45,6 +50,23 @@ impl Console {
                 }
             }
         }
+    }
+
+    /// Keeps bytes for [`Self::part`].
+    pub(crate) fn keep(&mut self, bytes: &[u8]) {
+        self.kept.extend(bytes);
+        self.kept_end += bytes.len() as u64;
+        let excess = self.kept.len().saturating_sub(KEPT);
+        self.kept.drain(..excess);
+    }
+
+    /// At most `most` of the bytes kept, from a position on, or from the oldest, and where they
+    /// start.
+    pub(crate) fn part(&self, position: u64, most: usize) -> (u64, Vec<u8>) {
+        let oldest = self.kept_end - self.kept.len() as u64;
+        let start = position.clamp(oldest, self.kept_end);
+        let skip = usize::try_from(start - oldest).unwrap_or(usize::MAX);
+        (start, self.kept.iter().skip(skip).take(most).copied().collect())
     }
 
     /// The last bytes written.

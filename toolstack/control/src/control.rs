@@ -544,6 +544,9 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
             };
             let bytes = buffer.get(..len).unwrap_or(&[]);
             managed.console.position = position;
+            if managed.domain.kernel.is_some() {
+                managed.console.keep(bytes);
+            }
             managed.console.feed(&managed.domain.name, bytes, now, &mut self.out);
             share = share.saturating_sub(len.max(1));
             if len < buffer.len() {
@@ -553,6 +556,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         let Some(port) = managed.console_port else { return };
         while let Ok(len @ 1..) = self.hv.console_ring(managed.domid, port, &mut buffer) {
             let bytes = buffer.get(..len).unwrap_or(&[]);
+            managed.console.keep(bytes);
             managed.console.feed(&managed.domain.name, bytes, now, &mut self.out);
             share = share.saturating_sub(len);
             if share == 0 {

@@ -225,6 +225,10 @@ impl Hypervisor for FakeCore {
         Err(Errno::EINVAL)
     }
 
+    fn console_type(&mut self, _: DomainId, _: EventPort, _: &[u8]) -> Result<bool, Errno> {
+        Ok(false)
+    }
+
     fn leave_console(&mut self, _: DomainId) {}
 
     fn set_hvm_param(&mut self, domid: DomainId, _index: u32, _value: u64) -> Result<(), Errno> {

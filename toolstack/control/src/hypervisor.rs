@@ -38,6 +38,13 @@ pub trait Hypervisor {
         port: EventPort,
         buffer: &mut [u8],
     ) -> Result<usize, Errno>;
+    /// Writes to a PVH guest's console ring, all or nothing: whether there was room.
+    fn console_type(
+        &mut self,
+        domid: DomainId,
+        port: EventPort,
+        bytes: &[u8],
+    ) -> Result<bool, Errno>;
     /// Lets go of a console ring, because its domain ended.
     fn leave_console(&mut self, domid: DomainId);
     /// `UNPAUSE`.

@@ -68,6 +68,7 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             Request::Info => self.info(),
             Request::Why(name) => self.why(&name),
             Request::ConsoleRead { name, position } => self.console(&name, position),
+            Request::ConsoleWrite { name, bytes } => self.type_on(&name, &bytes),
             Request::Dmesg { position } => self.console_of(CONSOLE_OF_CORE, position),
             Request::XenstoreLs(path) => return self.ask_store(id, path),
             Request::Crash(name) => self.crash(&name),
@@ -223,7 +224,30 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             return Ok(Response::Console { start, bytes });
         }
         let at = self.lookup(name)?;
-        self.console_of(self.domains[at].domid, position)
+        let managed = &self.domains[at];
+        if managed.domain.kernel.is_some() {
+            let (start, bytes) = managed.console.part(position, MAX_CONSOLE);
+            return Ok(Response::Console { start, bytes });
+        }
+        self.console_of(managed.domid, position)
+    }
+
+    fn type_on(&mut self, name: &str, bytes: &[u8]) -> Result<Response, Failure> {
+        /// Most bytes of one request.
+        const MOST: usize = 256;
+        let at = self.lookup(name)?;
+        let managed = &self.domains[at];
+        let Some(port) = managed.console_port else {
+            return Err(bad_state("its console cannot be typed on"));
+        };
+        if bytes.len() > MOST {
+            return Err(Failure::TooLong);
+        }
+        match self.hv.console_type(managed.domid, port, bytes) {
+            Ok(true) => Ok(Response::Done),
+            Ok(false) => Err(Failure::Busy),
+            Err(errno) => Err(core(errno)),
+        }
     }
 
     fn console_of(&mut self, domid: DomainId, position: u64) -> Result<Response, Failure> {
