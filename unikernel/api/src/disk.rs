@@ -22,7 +22,7 @@ pub enum Operation {
     Flush,
     /// The content is no longer wanted; it reads as old data or zeros afterwards.
     Discard,
-    /// The content becomes zeros. Only where [`Geometry::write_zeroes`] says so.
+    /// The content becomes zeros. Only where [`Geometry::max_write_zeroes_sectors`] says so.
     WriteZeroes,
 }
 
