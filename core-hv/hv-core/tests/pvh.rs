@@ -318,6 +318,17 @@ fn an_event_comes_by_the_callback_vector() {
     assert_eq!(guest.told(0), []);
 }
 
+/// The second part of an area at the end of all addresses is at their start.
+#[test]
+fn times_of_states_may_be_asked_for_at_any_address() {
+    let mut guest = Guest::new(1);
+    for address in [u64::MAX, u64::MAX - 47, 0xffff_fff0, 0x2_0ff8, 0x2_1000] {
+        let result = guest.call_with(0, VCPU_OP, [vcpu::REGISTER_RUNSTATE, 0], address).0;
+        assert_eq!(result, 0, "{address:#x}: without paging every address is one");
+        guest.system.check();
+    }
+}
+
 /// §4.2: nothing that was noted in the old place is lost, and the page cannot become another's.
 #[test]
 fn vcpu_info_moves_once_and_its_page_is_kept() {

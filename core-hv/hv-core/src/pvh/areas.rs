@@ -123,7 +123,8 @@ impl<P: Platform> Core<P> {
         let mode = domain.vcpu().virt.mode;
         let first = RUNSTATE_BYTES.min(4096 - (address & 0xfff) as usize);
         let place = |at| translate(p, &domain.p2m, &mode, at, true).ok_or(Errno::EFAULT);
-        let second = if first < RUNSTATE_BYTES { place(address + first as u64)? } else { 0 };
+        let second =
+            if first < RUNSTATE_BYTES { place(address.wrapping_add(first as u64))? } else { 0 };
         let area = ([place(address)?, second], first);
         self.vcpu_mut(v).virt.runstate.area = Some(area);
         let now = p.now_ns();
