@@ -21,7 +21,7 @@ use crate::pool::{Chunk, Pool};
 use crate::switch::{Addresses, Mac, Port, Switch, Verdict};
 use crate::{Env, Progress};
 use alloc::vec::Vec;
-use domain_api::nic::{Buffer, MAX_FRAME, Nic};
+use domain_api::nic::{Buffer, MAX_FRAME, Nic, Offload, Received};
 use domain_api::{Direction, DomainId, GrantCopy, GrantStatus};
 use shmem::Page;
 use xen_abi::PAGE_SIZE;
@@ -65,6 +65,8 @@ pub struct Plane {
     from_guest: Vec<GrantCopy>,
     nic_frames: Vec<Buffer>,
     batch: Vec<Taken>,
+    /// The parts of one packet for the card.
+    parts: Vec<Buffer>,
 }
 
 /// Copies towards guests, and what each is for.
@@ -129,6 +131,7 @@ impl Plane {
             from_guest: Vec::new(),
             nic_frames: Vec::new(),
             batch: Vec::new(),
+            parts: Vec::new(),
         }
     }
 
@@ -156,7 +159,7 @@ impl Plane {
     fn serve_nic<E: Env, N: Nic>(&mut self, env: &mut E, nic: &mut N, now_ns: u64) -> bool {
         let mut frames = core::mem::take(&mut self.nic_frames);
         while frames.len() < NIC_BATCH
-            && let Some(buffer) = nic.receive()
+            && let Some(Received { buffer, .. }) = nic.receive()
         {
             let frame = Frame { page: &buffer.page, offset: buffer.offset, len: buffer.len };
             if let Some((destination, source)) = frame.addresses() {
@@ -228,7 +231,7 @@ impl Plane {
 
     /// Takes packets out of a ring, and lists the copies that bring them here.
     fn take_batch<N: Nic>(&mut self, nic: &mut N, place: usize, batch: &mut Vec<Taken>) -> Turn {
-        let Self { stations, staging: pool, from_guest, .. } = self;
+        let Self { stations, staging: pool, from_guest, parts, .. } = self;
         let Some(Station { domain, link: Some(link), .. }) = &mut stations[place] else {
             return Turn::Done;
         };
@@ -242,7 +245,7 @@ impl Plane {
                 break Turn::Done;
             }
             if spare.is_none() {
-                spare = stage(nic, pool);
+                spare = stage(nic, pool, parts);
             }
             // Requests stay in the ring until there is room for what they bring.
             if spare.is_none() {
@@ -318,13 +321,14 @@ impl Plane {
         place: usize,
         batch: &mut Vec<Taken>,
     ) {
-        let Self { stations, staging: pool, .. } = self;
+        let Self { stations, staging: pool, parts, .. } = self;
         let Some(Station { link: Some(link), .. }) = &mut stations[place] else { return };
         for taken in batch.drain(..) {
             match taken.staging {
                 Some(Staging::Nic(mut buffer)) if taken.outside => {
                     buffer.len = taken.packet.len;
-                    nic.transmit(buffer);
+                    parts.push(buffer);
+                    nic.transmit(parts.drain(..), Offload::Nothing);
                 }
                 Some(staging) => unstage(nic, pool, staging),
                 None => {}
@@ -554,11 +558,14 @@ fn next_packet(link: &mut Link, slots: &mut usize) -> Option<Packet> {
 }
 
 /// A place for the next packet. While the link is down the card keeps its buffers for itself.
-fn stage<N: Nic>(nic: &mut N, pool: &mut Pool) -> Option<Staging> {
+fn stage<N: Nic>(nic: &mut N, pool: &mut Pool, parts: &mut Vec<Buffer>) -> Option<Staging> {
     if !nic.link_up() {
         return pool.take().map(Staging::Own);
     }
-    let buffer = nic.tx_buffer()?;
+    if !nic.tx_buffers(MAX_FRAME, parts) {
+        return None;
+    }
+    let buffer = parts.pop()?;
     let end = usize::from(buffer.offset) + MAX_FRAME;
     assert!(end <= PAGE_SIZE, "a card's transmit buffer has room for a frame");
     Some(Staging::Nic(buffer))

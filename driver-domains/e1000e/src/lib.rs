@@ -55,9 +55,10 @@ mod transmit;
 #[cfg(test)]
 mod tests;
 
+use alloc::vec::{Drain, Vec};
 use core::fmt;
 use domain_api::Registers;
-use domain_api::nic::{Buffer, MAX_FRAME, Nic};
+use domain_api::nic::{Buffer, Checksum, MAX_FRAME, Nic, Offload, Offloads, Received};
 use receive::Receiver;
 use registers as reg;
 use transmit::Transmitter;
@@ -206,12 +207,25 @@ impl<R: Registers> Nic for E1000e<R> {
         self.link
     }
 
-    fn tx_buffer(&mut self) -> Option<Buffer> {
-        self.transmitter.lend()
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
     }
 
-    fn transmit(&mut self, buffer: Buffer) {
-        self.transmitter.send(&buffer, &mut self.statistics.counters);
+    fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
+        let buffer = if bytes <= MAX_FRAME { self.transmitter.lend() } else { None };
+        let lent = buffer.is_some();
+        buffers.extend(buffer);
+        lent
+    }
+
+    fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
+        let counters = &mut self.statistics.counters;
+        if packet.len() == 1 && offload == Offload::Nothing {
+            packet.for_each(|buffer| self.transmitter.send(&buffer, counters));
+        } else {
+            counters.refused += 1;
+            packet.for_each(|buffer| self.transmitter.cancel(&buffer, counters));
+        }
     }
 
     fn cancel(&mut self, buffer: Buffer) {
@@ -223,8 +237,9 @@ impl<R: Registers> Nic for E1000e<R> {
         self.receiver.publish(&mut self.registers);
     }
 
-    fn receive(&mut self) -> Option<Buffer> {
-        self.receiver.take(&mut self.statistics.counters)
+    fn receive(&mut self) -> Option<Received> {
+        let buffer = self.receiver.take(&mut self.statistics.counters)?;
+        Some(Received { buffer, checksum: Checksum::Unknown })
     }
 
     fn recycle(&mut self, buffer: Buffer) {

@@ -27,9 +27,9 @@ mod buffers;
 #[cfg(test)]
 mod tests;
 
-use alloc::vec::Vec;
+use alloc::vec::{Drain, Vec};
 use buffers::{Buffers, HEADER, Holder};
-use domain_api::nic::{Buffer, MAX_FRAME, Nic};
+use domain_api::nic::{Buffer, Checksum, MAX_FRAME, Nic, Offload, Offloads, Received};
 use domain_api::{Clock, Dma, Errno};
 use virtio::{DeviceStatus, DeviceType, EVENT_IDX, Hang, Queue, StartError, Transport};
 
@@ -239,6 +239,23 @@ impl<T: Transport> VirtioNet<T> {
         }
     }
 
+    /// Queues a frame.
+    fn send(&mut self, buffer: &Buffer) {
+        let Some(index) = self.transmit_buffers.returned(buffer) else {
+            self.counters.bad_buffers += 1;
+            return;
+        };
+        let part = self.transmit_buffers.part(index, buffer.len, false);
+        // There is a descriptor for each buffer.
+        if is_frame(usize::from(buffer.len)) && self.transmit.add(index, [part].into_iter()) {
+            self.transmit_buffers.set(index, Holder::Device);
+            self.counters.queued += 1;
+        } else {
+            self.counters.refused += 1;
+            self.free_transmit(index);
+        }
+    }
+
     fn free_transmit(&mut self, index: u16) {
         self.transmit_buffers.set(index, Holder::Free);
         self.spare.push(index);
@@ -254,31 +271,29 @@ impl<T: Transport> Nic for VirtioNet<T> {
         self.link
     }
 
-    fn tx_buffer(&mut self) -> Option<Buffer> {
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
+    }
+
+    fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
         if self.spare.is_empty() {
             self.collect();
         }
-        let index = self.spare.pop();
+        let index = if bytes <= MAX_FRAME { self.spare.pop() } else { None };
         let was_short = core::mem::replace(&mut self.short, index.is_none());
         if was_short && !self.short {
             self.transmit.disarm();
         }
-        Some(self.transmit_buffers.lend(index?, Buffers::room()))
+        buffers.extend(index.map(|it| self.transmit_buffers.lend(it, Buffers::room())));
+        index.is_some()
     }
 
-    fn transmit(&mut self, buffer: Buffer) {
-        let Some(index) = self.transmit_buffers.returned(&buffer) else {
-            self.counters.bad_buffers += 1;
-            return;
-        };
-        let part = self.transmit_buffers.part(index, buffer.len, false);
-        // There is a descriptor for each buffer.
-        if is_frame(usize::from(buffer.len)) && self.transmit.add(index, [part].into_iter()) {
-            self.transmit_buffers.set(index, Holder::Device);
-            self.counters.queued += 1;
+    fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
+        if packet.len() == 1 && offload == Offload::Nothing {
+            packet.for_each(|buffer| self.send(&buffer));
         } else {
             self.counters.refused += 1;
-            self.free_transmit(index);
+            packet.for_each(|buffer| self.cancel(buffer));
         }
     }
 
@@ -296,7 +311,7 @@ impl<T: Transport> Nic for VirtioNet<T> {
         self.publish_receive();
     }
 
-    fn receive(&mut self) -> Option<Buffer> {
+    fn receive(&mut self) -> Option<Received> {
         loop {
             let (index, written) = self.receive.take()?;
             let len =
@@ -304,7 +319,8 @@ impl<T: Transport> Nic for VirtioNet<T> {
             match len.filter(|len| is_frame(usize::from(*len))) {
                 Some(len) => {
                     self.counters.received += 1;
-                    return Some(self.receive_buffers.lend(index, len));
+                    let buffer = self.receive_buffers.lend(index, len);
+                    return Some(Received { buffer, checksum: Checksum::Unknown });
                 }
                 None => {
                     self.counters.bad_lengths += 1;

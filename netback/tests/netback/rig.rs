@@ -5,7 +5,7 @@
 //! any call that it makes to the core or to the card.
 
 use domain_api::fake::{Domain, World};
-use domain_api::nic::{Buffer, MAX_FRAME, Nic};
+use domain_api::nic::{self, Buffer, MAX_FRAME, Nic, Offload, Offloads, Received};
 use domain_api::{
     Access, Clock, DomainId, Errno, EventPort, Events, GrantCopy, GrantRef, GrantStatus, Grants,
     MappedGrant, Page,
@@ -17,6 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
+use std::vec::Drain;
 use xenbus::device::{Device, DeviceKind};
 use xenbus::{Client, NodeAccess, Nodes, Permission, Store, XenbusState};
 use xenstore::{LocalStore, LocalTransport};
@@ -179,13 +180,19 @@ impl Nic for FakeNic {
     fn link_up(&self) -> bool {
         !self.outside.borrow().link_down
     }
-    fn tx_buffer(&mut self) -> Option<Buffer> {
-        let token = self.tx_free.pop()?;
-        Some(self.buffer(token, 64, u16::try_from(MAX_FRAME).unwrap()))
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
     }
-    fn transmit(&mut self, buffer: Buffer) {
+    fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
+        assert!(bytes <= MAX_FRAME);
+        let token = self.tx_free.pop();
+        buffers.extend(token.map(|it| self.buffer(it, 64, u16::try_from(MAX_FRAME).unwrap())));
+        token.is_some()
+    }
+    fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
         self.fuse.step();
-        self.queued.push(buffer);
+        assert_eq!((packet.len(), offload), (1, Offload::Nothing));
+        self.queued.extend(packet);
     }
     fn cancel(&mut self, buffer: Buffer) {
         self.tx_free.push(buffer.token);
@@ -193,12 +200,13 @@ impl Nic for FakeNic {
     fn flush(&mut self) {
         self.fuse.step();
     }
-    fn receive(&mut self) -> Option<Buffer> {
+    fn receive(&mut self) -> Option<Received> {
         let token = *self.rx_free.last()?;
         let frame = self.outside.borrow_mut().arriving.pop_front()?;
         self.rx_free.pop();
         self.pages[usize::from(token)].write(2048, &frame);
-        Some(self.buffer(token, 2048, u16::try_from(frame.len()).unwrap()))
+        let buffer = self.buffer(token, 2048, u16::try_from(frame.len()).unwrap());
+        Some(Received { buffer, checksum: nic::Checksum::Unknown })
     }
     fn recycle(&mut self, buffer: Buffer) {
         self.fuse.step();
