@@ -2,35 +2,28 @@
 //! that the domain itself has, across pages, and never through a reference.
 
 use crate::domain::Domain;
-use crate::p2m::{Kind, P2m, Page};
+use crate::frame::Mfn;
+use crate::p2m::P2m;
 use crate::platform::Platform;
 use crate::pvh::walk::translate;
 use crate::state::Core;
 use xen_abi::{DomainId, Errno, Gfn};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// The part of one page that an access touches.
-#[derive(Clone, Copy, Debug)]
-pub struct Piece {
-    /// The page.
-    pub page: Page,
-    /// Bytes into it.
-    pub offset: usize,
-    /// Bytes of it.
-    pub len: usize,
-}
-
-/// Translates the first page of an access of `len` bytes at `gpa`.
+/// Where the first page of an access of `len` bytes at `gpa` is, and how many of them are in it.
 ///
 /// # Errors
-/// `EFAULT`: nothing there, or device registers.
-pub fn piece<P: Platform>(p: &P, p2m: &P2m, gpa: u64, len: usize) -> Result<Piece, Errno> {
-    let page = p2m.page(p, Gfn::containing(gpa)).ok_or(Errno::EFAULT)?;
-    if page.kind == Kind::Device {
-        return Err(Errno::EFAULT);
-    }
-    let offset = (gpa & 0xfff) as usize;
-    Ok(Piece { page, offset, len: len.min(4096 - offset) })
+/// `EFAULT`: nothing there, device registers, or not to be written.
+#[inline]
+fn reach<P: Platform>(
+    p: &P,
+    p2m: &P2m,
+    gpa: u64,
+    len: usize,
+    write: bool,
+) -> Result<(Mfn, usize, usize), Errno> {
+    let mfn = p2m.memory(p, Gfn::containing(gpa), write).ok_or(Errno::EFAULT)?;
+    Ok((mfn, (gpa & 0xfff) as usize, in_page(gpa, len)))
 }
 
 /// Reads memory of a domain.
@@ -40,10 +33,10 @@ pub fn piece<P: Platform>(p: &P, p2m: &P2m, gpa: u64, len: usize) -> Result<Piec
 pub fn read<P: Platform>(p: &P, p2m: &P2m, mut gpa: u64, buffer: &mut [u8]) -> Result<(), Errno> {
     let mut rest = buffer;
     while !rest.is_empty() {
-        let piece = piece(p, p2m, gpa, rest.len())?;
-        let (now, later) = rest.split_at_mut(piece.len);
-        p.read(piece.page.mfn, piece.offset, now);
-        gpa = gpa.wrapping_add(piece.len as u64);
+        let (mfn, offset, len) = reach(p, p2m, gpa, rest.len(), false)?;
+        let (now, later) = rest.split_at_mut(len);
+        p.read(mfn, offset, now);
+        gpa = gpa.wrapping_add(len as u64);
         rest = later;
     }
     Ok(())
@@ -56,13 +49,10 @@ pub fn read<P: Platform>(p: &P, p2m: &P2m, mut gpa: u64, buffer: &mut [u8]) -> R
 pub fn write<P: Platform>(p: &mut P, p2m: &P2m, mut gpa: u64, bytes: &[u8]) -> Result<(), Errno> {
     let mut rest = bytes;
     while !rest.is_empty() {
-        let piece = piece(p, p2m, gpa, rest.len())?;
-        if !piece.page.write {
-            return Err(Errno::EFAULT);
-        }
-        let (now, later) = rest.split_at(piece.len);
-        p.write(piece.page.mfn, piece.offset, now);
-        gpa = gpa.wrapping_add(piece.len as u64);
+        let (mfn, offset, len) = reach(p, p2m, gpa, rest.len(), true)?;
+        let (now, later) = rest.split_at(len);
+        p.write(mfn, offset, now);
+        gpa = gpa.wrapping_add(len as u64);
         rest = later;
     }
     Ok(())

@@ -188,6 +188,7 @@ impl<P: Platform> Domain<P> {
 
     /// Whether a vCPU of it could use a processor.
     #[must_use]
+    #[inline]
     pub fn is_runnable(&self, index: u8) -> bool {
         self.stage == Stage::Live
             && !self.paused
@@ -232,6 +233,7 @@ impl<P: Platform> Domain<P> {
 
     /// The run queue that a vCPU belongs to.
     #[must_use]
+    #[inline]
     pub fn queue(&self, index: u8) -> usize {
         let exhausted = self.vcpus[usize::from(index)].exhausted;
         if exhausted { crate::sched::EXHAUSTED } else { self.class.into() }

@@ -79,6 +79,7 @@ fn check_pages<P: Platform>(
     owners: &mut BTreeMap<Mfn, DomainId>,
 ) {
     let id = domain.id;
+    assert!(domain.p2m.is_cache_true(p), "{id}: what is remembered is what the tables say");
     let mut granted = BTreeSet::new();
     let mut gfn = Gfn(0);
     loop {

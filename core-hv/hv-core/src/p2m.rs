@@ -18,10 +18,12 @@
 //! Every change of a leaf goes through `P2m::write_leaf`: that is the one place where an IOMMU
 //! will follow. Whatever narrows a translation takes a new generation there, so that no
 //! processor uses what it cached (ADR 4). Tables are charged to the domain, and stay until it is
-//! destroyed.
+//! destroyed. The core itself remembers the entries that it looked up last, as a processor does:
+//! `write_leaf` makes it forget them.
 
 use crate::frame::{Account, FrameTable, Mfn};
 use crate::platform::{Platform, Space};
+use core::cell::Cell;
 use xen_abi::{Errno, Gfn};
 
 const PRESENT: u64 = 1;
@@ -29,6 +31,7 @@ const WRITE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const UNCACHED: u64 = 3 << 3;
 const KIND_SHIFT: u32 = 9;
+const KIND_MASK: u64 = 7 << KIND_SHIFT;
 const PRESERVED: u64 = 1 << 52;
 const DMA: u64 = 1 << 53;
 const NO_EXECUTE: u64 = 1 << 63;
@@ -37,6 +40,9 @@ const FRAME_MASK: u64 = 0x000f_ffff_ffff_f000;
 /// First guest frame that no domain has: the last one of the lower half. A hypercall instruction
 /// at its end would return to an address that is not canonical (Xen's XSA-7).
 pub const GFN_LIMIT: u64 = (1 << 35) - 1;
+
+/// Entries that an address space remembers, by the low bits of their guest frame.
+const CACHED: usize = 16;
 
 /// What backs a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,7 +100,7 @@ impl Page {
         if raw & PRESENT == 0 {
             return None;
         }
-        let kind = match raw >> KIND_SHIFT & 7 {
+        let kind = match (raw & KIND_MASK) >> KIND_SHIFT {
             0 => Kind::Ram,
             1 => Kind::Grant,
             2 => Kind::Special,
@@ -138,6 +144,8 @@ pub struct P2m {
     generation: u64,
     /// A kernel of its own decides what is executable: pages may be writable too.
     lax: bool,
+    /// Guest frames and their entries, as they are in the tables.
+    cache: [Cell<(u64, u64)>; CACHED],
 }
 
 impl P2m {
@@ -154,7 +162,8 @@ impl P2m {
     ) -> Result<Self, Errno> {
         let root = frames.allocate(p, account)?;
         p.share_core(root);
-        Ok(Self { root, generation: frames.next_generation(), lax })
+        let cache = [const { Cell::new((u64::MAX, 0)) }; CACHED];
+        Ok(Self { root, generation: frames.next_generation(), lax, cache })
     }
 
     /// What a processor loads to run in it.
@@ -165,8 +174,42 @@ impl P2m {
 
     /// The page at `gfn`.
     pub fn page<P: Platform>(&self, p: &P, gfn: Gfn) -> Option<Page> {
-        let (table, offset) = self.leaf(p, gfn)?;
-        Page::decode(p.load64(table, offset))
+        Page::decode(self.entry(p, gfn))
+    }
+
+    /// The frame behind `gfn` if it is memory that the domain can read, or write if `write`.
+    #[inline]
+    pub fn memory<P: Platform>(&self, p: &P, gfn: Gfn, write: bool) -> Option<Mfn> {
+        let raw = self.entry(p, gfn);
+        let is_device = raw & KIND_MASK == (Kind::Device as u64) << KIND_SHIFT;
+        let allowed = raw & PRESENT != 0 && !is_device && (!write || raw & WRITE != 0);
+        allowed.then_some(frame_of(raw))
+    }
+
+    /// The entry for `gfn`, or 0.
+    #[inline]
+    fn entry<P: Platform>(&self, p: &P, gfn: Gfn) -> u64 {
+        let (cached, raw) = self.cached(gfn.0).get();
+        if cached == gfn.0 { raw } else { self.look_up(p, gfn) }
+    }
+
+    fn cached(&self, gfn: u64) -> &Cell<(u64, u64)> {
+        &self.cache[offset(Gfn(gfn), 0) / 8 % CACHED]
+    }
+
+    fn look_up<P: Platform>(&self, p: &P, gfn: Gfn) -> u64 {
+        let Some((table, offset)) = self.leaf(p, gfn) else { return 0 };
+        let raw = p.load64(table, offset);
+        self.cached(gfn.0).set((gfn.0, raw));
+        raw
+    }
+
+    /// Whether what is remembered is what the tables say.
+    #[cfg(any(test, feature = "fake"))]
+    pub(crate) fn is_cache_true<P: Platform>(&self, p: &P) -> bool {
+        let page =
+            |gfn| self.leaf(p, Gfn(gfn)).and_then(|(table, at)| Page::decode(p.load64(table, at)));
+        self.cache.iter().map(Cell::get).all(|(gfn, raw)| Page::decode(raw) == page(gfn))
     }
 
     fn leaf<P: Platform>(&self, p: &P, gfn: Gfn) -> Option<(Mfn, usize)> {
@@ -259,6 +302,8 @@ impl P2m {
             self.generation = frames.next_generation();
         }
         p.store64(table, at, page.map_or(0, Page::encode));
+        // The low bits of the guest frame are those of its place in the table.
+        self.cached(at as u64 / 8).set((u64::MAX, 0));
     }
 
     /// Finds the next page at or behind `from`. Looks at one table's worth of entries at most.

@@ -207,22 +207,22 @@ impl<P: Platform> Core<P> {
             here.reschedule = true;
             return;
         }
-        let count = self.sched.count;
-        if let Some(idle) = self.sched.cpus[..count].iter().position(|cpu| cpu.idle) {
-            self.sched.cpus[idle].idle = false;
-            p.kick(CpuId(u8::try_from(idle).unwrap_or(0)));
-            return;
+        let mut worst = None;
+        for index in 0..self.sched.count {
+            let cpu = &mut self.sched.cpus[index];
+            let id = CpuId(u8::try_from(index).unwrap_or(0));
+            if core::mem::take(&mut cpu.idle) {
+                return p.kick(id);
+            }
+            let running = cpu.running.filter(|_| !cpu.reschedule);
+            let Some(v) = running else { continue };
+            let rank = self.me(v.domain).queue(v.index);
+            if rank > queue && worst.is_none_or(|(highest, _)| rank >= highest) {
+                worst = Some((rank, id));
+            }
         }
-        let rank = |core: &Self, cpu: &Cpu| {
-            let domain = |v: VcpuId| Some((core.domain(v.domain)?, v.index));
-            cpu.running.and_then(domain).map_or(0, |(domain, index)| domain.queue(index))
-        };
-        let worst = (0..count)
-            .filter(|&index| !self.sched.cpus[index].reschedule)
-            .max_by_key(|&index| rank(self, &self.sched.cpus[index]));
-        let Some(worst) = worst else { return };
-        if rank(self, &self.sched.cpus[worst]) > queue {
-            self.interrupt(p, CpuId(u8::try_from(worst).unwrap_or(0)));
+        if let Some((_, cpu)) = worst {
+            self.interrupt(p, cpu);
         }
     }
 
@@ -280,21 +280,21 @@ impl<P: Platform> Core<P> {
     /// Decides whether this processor goes on with what it runs. To be called after each exit has
     /// been dealt with.
     pub(crate) fn decide(&mut self, p: &mut P, v: VcpuId) -> Next {
-        let cpu = *self.sched.cpu(p.cpu());
         if !self.me(v.domain).is_runnable(v.index) {
             return Next::Switch;
         }
-        if !cpu.reschedule {
+        let cpu = self.sched.cpu(p.cpu());
+        if !core::mem::take(&mut cpu.reschedule) {
             return Next::Stay;
         }
-        self.sched.cpu(p.cpu()).reschedule = false;
+        let now = p.now_ns();
+        let is_over = now >= cpu.slice_end;
         let rank = self.me(v.domain).queue(v.index);
-        let is_over = p.now_ns() >= cpu.slice_end;
         match self.sched.best() {
             Some(best) if best < rank || best == rank && is_over => Next::Switch,
             _ => {
                 if is_over {
-                    self.start_slice(p, v);
+                    self.start_slice(p, v, now);
                 }
                 Next::Stay
             }
@@ -426,20 +426,21 @@ impl<P: Platform> Core<P> {
                 cpu.leaving = cpu.loaded;
             }
             cpu.loaded = Some(v.domain);
-            self.start_slice(p, v);
+            self.start_slice(p, v, now);
             return Some((v, state));
         }
         None
     }
 
-    fn start_slice(&mut self, p: &mut P, v: VcpuId) {
-        let now = p.now_ns();
-        self.renew_budget(p, v, now);
-        let vcpu = self.vcpu(v);
-        let left = match vcpu.budget {
-            budget if budget == 0 || vcpu.exhausted => SLICE_NS,
-            budget => budget.saturating_sub(vcpu.used).min(SLICE_NS),
-        };
+    fn start_slice(&mut self, p: &mut P, v: VcpuId, now: u64) {
+        let mut left = SLICE_NS;
+        if self.vcpu(v).budget != 0 {
+            self.renew_budget(p, v, now);
+            let vcpu = self.vcpu(v);
+            if !vcpu.exhausted {
+                left = vcpu.budget.saturating_sub(vcpu.used).min(SLICE_NS);
+            }
+        }
         self.sched.cpu(p.cpu()).slice_end = now + left;
     }
 

@@ -41,6 +41,8 @@ pub static SHARED: Once<Shared> = Once::new();
 pub struct Machine {
     cpu: CpuId,
     shared: &'static Shared,
+    /// No frame of memory has this number or a higher one.
+    frames_end: u64,
     area: CpuArea,
     /// Physical page that the device window shows.
     window: Cell<u64>,
@@ -63,14 +65,15 @@ impl Machine {
         let shared = SHARED.get().expect("facts come before processors");
         let guests = Processor::new(area.guest_pages());
         let window = Cell::new(0);
-        Self { cpu, shared, area, window, loaded: None, ports: false, last: 0, guests }
+        let frames_end = shared.memory_end >> 12;
+        Self { cpu, shared, frames_end, area, window, loaded: None, ports: false, last: 0, guests }
     }
 
     /// Where `len` bytes of a frame are.
     #[inline]
     fn at(&self, mfn: Mfn, offset: usize, len: usize) -> *mut u8 {
         assert!(offset <= 4096 && len <= 4096 - offset, "an access stays in its frame");
-        assert!(mfn.0 < self.shared.memory_end >> 12, "the frame exists");
+        assert!(mfn.0 < self.frames_end, "the frame exists");
         direct(mfn.address() + offset as u64)
     }
 
