@@ -6,6 +6,7 @@
 //! time is the host's. `docs/benchmarks.md` says what that does and does not show.
 
 mod blocks;
+pub mod linux;
 
 use crate::build::{self, Built};
 use crate::machine::{Machine, wait_web};

@@ -2,80 +2,67 @@
 //!
 //! `kernel = "debian"` is the cloud kernel of the Debian that apt knows here, `"debian-full"` the one
 //! with all drivers. Both come by apt's own download command into a cache, and with a ramdisk made
-//! from busybox-static and the kernel's Xen frontends.
+//! from busybox-static and the kernel's Xen frontends. `ramdisk = "debian-tools"` and
+//! `"debian-full-tools"` have besides what tests and measurements use: fio, iperf3, mke2fs,
+//! ethtool, and the drivers of the emulated machine's own card and disk.
 
-use crate::project;
-use kernel_image::Archive;
+mod packages;
+mod small_system;
+
+pub use packages::host_program;
+
 use miette::{Context, IntoDiagnostic, miette};
+use packages::find;
+use small_system::Kind;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Packages that always name the newest kernel, by what a system file calls them.
 const KERNELS: [(&str, &str); 2] =
     [("debian", "linux-image-cloud-amd64"), ("debian-full", "linux-image-amd64")];
 
-/// What of a kernel's modules goes into the ramdisk, in the order in which they are loaded; those
-/// that are built in are not there.
-const MODULES: [&str; 9] = [
-    "crc16",
-    "crc32c_generic",
-    "libcrc32c",
-    "mbcache",
-    "jbd2",
-    "ext4",
-    "xen-blkfront",
-    "xen-netfront",
-    "failover",
-];
-
-/// Programs of busybox that scripts and people expect by name.
-const APPLETS: &str = "sh mount umount cat echo ls ps dmesg reboot halt sync uname nproc sleep free ip \
-    ping wget nc dd mkdir rm cp mv head tail grep sed awk date udhcpc ifconfig route insmod lsmod vi \
-    top kill md5sum sha256sum hexdump stty cttyhack setsid df mknod seq wc tr cut tee touch time find";
-
-/// The first program. Shutdown requests of the toolstack run `/sbin/poweroff` or `/sbin/reboot`.
-const INIT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-mkdir -p /dev/pts /mnt && mount -t devpts pts /dev/pts
-for module in /lib/modules/*.ko; do insmod "$module" 2>/dev/null; done
-echo "init: $(uname -r), $(nproc) processors"
-if [ -e /sys/class/net/eth0 ]; then
-    ip link set lo up
-    ip link set eth0 up
-    udhcpc -i eth0 -n -q -s /etc/udhcpc.sh >/dev/null 2>&1 && echo "init: $(ip -o -4 addr show eth0)"
-fi
-for wait in 1 2 3 4 5; do [ -e /dev/xvda ] && break; [ -e /sys/bus/xen/devices/vbd-51712 ] || break; sleep 1; done
-[ -e /dev/xvda ] && mount /dev/xvda /mnt 2>/dev/null && echo "init: xvda is at /mnt"
-for word in $(cat /proc/cmdline); do case "$word" in init.run=*) sh -c "$(echo "${word#init.run=}" | tr , ' ')";; esac; done
-echo "init: ready"
-while :; do setsid cttyhack sh </dev/hvc0 >/dev/hvc0 2>&1; done
-"#;
-
-const DHCP: &str = r#"#!/bin/sh
-[ "$1" = bound ] || [ "$1" = renew ] || exit 0
-ip addr flush dev "$interface"
-ip addr add "$ip/${mask:-24}" dev "$interface"
-for to in $router; do ip route add default via "$to" dev "$interface"; done
-: > /etc/resolv.conf
-for server in $dns; do echo "nameserver $server" >> /etc/resolv.conf; done
-"#;
+/// Behind a kernel's name: its ramdisk with tools.
+const TOOLS: &str = "-tools";
 
 /// The flat image of the kernel that a system file names.
 ///
 /// # Errors
 /// There is no such file, or it is no kernel that can run.
 pub fn kernel(system: &Path, named: &str) -> miette::Result<Vec<u8>> {
-    let path = match package(named) {
-        Some(package) => find(&unpacked(package)?.join("boot"), "vmlinuz-")?,
-        None => resolve(system, named)?,
-    };
+    let path = kernel_file(system, named)?;
     let file = read(&path)?;
     kernel_image::kernel(&file)
         .into_diagnostic()
         .wrap_err_with(|| format!("{} cannot be a guest's kernel", path.display()))
+}
+
+/// The file of the kernel that a system file names, as its distribution made it.
+///
+/// # Errors
+/// There is no such file.
+pub fn kernel_file(system: &Path, named: &str) -> miette::Result<PathBuf> {
+    match package(named) {
+        Some(package) => {
+            find(&packages::unpacked(&packages::newest(package)?)?.join("boot"), "vmlinuz-")
+        }
+        None => resolve(system, named),
+    }
+}
+
+/// The ramdisk that a system file names.
+///
+/// # Errors
+/// There is no such file.
+pub fn ramdisk_file(system: &Path, named: &str) -> miette::Result<Vec<u8>> {
+    let (kernel, kind) = match named.strip_suffix(TOOLS) {
+        Some(kernel) => (kernel, Kind::Tools),
+        None => (named, Kind::Plain),
+    };
+    match package(kernel) {
+        Some(package) => {
+            small_system::make(&packages::unpacked(&packages::newest(package)?)?, kind)
+        }
+        None => read(&resolve(system, named)?),
+    }
 }
 
 /// The flat image of the ramdisk that a system file names.
@@ -83,11 +70,7 @@ pub fn kernel(system: &Path, named: &str) -> miette::Result<Vec<u8>> {
 /// # Errors
 /// There is no such file.
 pub fn ramdisk(system: &Path, named: &str) -> miette::Result<Vec<u8>> {
-    let bytes = match package(named) {
-        Some(package) => small_system(package)?,
-        None => read(&resolve(system, named)?)?,
-    };
-    Ok(kernel_image::ramdisk(&bytes))
+    Ok(kernel_image::ramdisk(&ramdisk_file(system, named)?))
 }
 
 fn package(named: &str) -> Option<&'static str> {
@@ -109,95 +92,6 @@ fn resolve(system: &Path, named: &str) -> miette::Result<PathBuf> {
     }
     let path = Path::new(named);
     Ok(system.parent().map_or_else(|| path.into(), |dir| dir.join(path)))
-}
-
-/// The only entry of a directory that begins so.
-fn find(dir: &Path, start: &str) -> miette::Result<PathBuf> {
-    let entries = std::fs::read_dir(dir).into_diagnostic()?;
-    let names = entries.filter_map(Result::ok).map(|entry| entry.path());
-    let mut found = names
-        .filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(start)));
-    found.next().ok_or_else(|| miette!("nothing in {} begins with {start}", dir.display()))
-}
-
-/// The content of a package, downloaded and unpacked once.
-fn unpacked(package: &str) -> miette::Result<PathBuf> {
-    let cache = project::root().join("target/guest-packages");
-    let dir = cache.join(package);
-    if dir.join("done").exists() {
-        return Ok(dir);
-    }
-    std::fs::create_dir_all(&dir).into_diagnostic()?;
-    let real = newest(package)?;
-    eprintln!("downloading {real} by apt");
-    run(Command::new("apt-get").current_dir(&dir).args(["download", &real]))?;
-    let archive = find(&dir, &format!("{real}_"))?;
-    run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&dir))?;
-    std::fs::write(dir.join("done"), real).into_diagnostic()?;
-    Ok(dir)
-}
-
-/// The package that a kernel's metapackage stands for; others stand for themselves.
-fn newest(package: &str) -> miette::Result<String> {
-    let output = Command::new("apt-cache").args(["depends", package]).output();
-    let output = output.into_diagnostic().wrap_err("cannot start apt-cache")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
-    let real = names.find(|name| name.starts_with("linux-image-"));
-    Ok(real.unwrap_or(package).to_owned())
-}
-
-fn run(command: &mut Command) -> miette::Result<()> {
-    let shown = format!("{command:?}");
-    let status = command.status().into_diagnostic().wrap_err_with(|| shown.clone())?;
-    if status.success() {
-        return Ok(());
-    }
-    let help = "kernels of Debian come by apt; on other systems name a file";
-    Err(miette!(help = help, "{shown} failed: {status}"))
-}
-
-/// A ramdisk with a shell, the frontends' modules, and an init that connects both.
-fn small_system(package: &str) -> miette::Result<Vec<u8>> {
-    let kernel = unpacked(package)?;
-    let busybox = read(&unpacked("busybox-static")?.join("bin/busybox"))?;
-    let mut archive = Archive::default();
-    for dir in ["bin", "sbin", "dev", "proc", "sys", "etc", "tmp", "lib", "lib/modules"] {
-        archive.directory(dir);
-    }
-    archive.characters("dev/console", 5, 1);
-    archive.file("bin/busybox", 0o755, &busybox);
-    for applet in APPLETS.split_whitespace() {
-        archive.link(&format!("bin/{applet}"), "busybox");
-    }
-    let off = |how: &str| format!("#!/bin/sh\nsync\nexec busybox {how} -f\n");
-    for how in ["poweroff", "reboot"] {
-        archive.file(&format!("sbin/{how}"), 0o755, off(how).as_bytes());
-    }
-    archive.file("etc/udhcpc.sh", 0o755, DHCP.as_bytes());
-    archive.file("init", 0o755, INIT.as_bytes());
-    let mut modules = Vec::new();
-    collect(&kernel.join("lib/modules"), &mut modules)?;
-    for (order, name) in MODULES.iter().enumerate() {
-        let wanted = format!("{name}.ko");
-        if let Some(path) = modules.iter().find(|path| path.ends_with(&wanted)) {
-            archive.file(&format!("lib/modules/{order}-{wanted}"), 0o644, &read(path)?);
-        }
-    }
-    Ok(archive.finish())
-}
-
-/// All files below a directory.
-fn collect(dir: &Path, found: &mut Vec<PathBuf>) -> miette::Result<()> {
-    for entry in std::fs::read_dir(dir).into_diagnostic()? {
-        let path = entry.into_diagnostic()?.path();
-        if path.is_dir() && !path.is_symlink() {
-            collect(&path, found)?;
-        } else {
-            found.push(path);
-        }
-    }
-    Ok(())
 }
 
 /// A name that a bundle can hold: at most 31 bytes, the last part of a path.

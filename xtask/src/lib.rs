@@ -15,6 +15,7 @@ pub mod disks;
 pub mod doses;
 pub mod elf;
 pub mod guest_kernel;
+pub mod guest_shell;
 pub mod http;
 pub mod image_files;
 pub mod interrupt;

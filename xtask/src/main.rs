@@ -103,6 +103,9 @@ enum Xtask {
         /// For programs.
         #[arg(long)]
         json: bool,
+        /// Compares Debian on the platform with the same Debian on the bare machine instead.
+        #[arg(long)]
+        linux: bool,
     },
     /// Explores all interleavings of the shared-memory code within loom's bounds.
     Loom,
@@ -152,7 +155,8 @@ fn work(task: Xtask) -> miette::Result<()> {
         Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
         Xtask::Selftest { calls } => doses::selftest(calls),
         Xtask::Sim { seeds } => sim::sim(seeds),
-        Xtask::Bench { json } => bench::bench(json),
+        Xtask::Bench { json, linux: false } => bench::bench(json),
+        Xtask::Bench { json, linux: true } => bench::linux::bench(json),
         Xtask::Loom => checks::loom(),
         Xtask::Miri => checks::miri(),
         Xtask::Ci { job } => checks::ci(job),

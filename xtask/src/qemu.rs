@@ -56,8 +56,21 @@ pub struct Options {
     pub disks: Place,
     /// A CD to boot from by the firmware, instead of core and bundle from QEMU.
     pub cd: Option<PathBuf>,
+    /// A kernel to boot from QEMU instead of core and bundle: the machine without us.
+    pub bare: Option<BareKernel>,
     /// Added at the end of the command line.
     pub extra: Vec<String>,
+}
+
+/// A kernel that has the whole machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BareKernel {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Its initial ramdisk.
+    pub ramdisk: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
 }
 
 /// A guest's port that the host can reach.
@@ -109,10 +122,14 @@ pub fn plan(machine: &Machine, options: &Options, files: Files<'_>) -> miette::R
         .args(["-machine", "q35", "-nodefaults", "-no-user-config", "-no-reboot"])
         .args(["-display", "none", "-vga", "none", "-monitor", "none"])
         .args(["-smp", &cpus, "-m", &memory]);
-    match &options.cd {
+    match (&options.bare, &options.cd) {
+        (Some(BareKernel { kernel, ramdisk, cmdline }), _) => {
+            command.arg("-kernel").arg(kernel).arg("-initrd").arg(ramdisk);
+            command.args(["-append", cmdline])
+        }
         // Disks come first otherwise, and none of them need be one to boot from.
-        Some(cd) => command.args(["-boot", "order=d"]).arg("-cdrom").arg(cd),
-        None => command.arg("-kernel").arg(files.core).arg("-initrd").arg(files.bundle),
+        (None, Some(cd)) => command.args(["-boot", "order=d"]).arg("-cdrom").arg(cd),
+        (None, None) => command.arg("-kernel").arg(files.core).arg("-initrd").arg(files.bundle),
     };
     command
         .args(["-chardev", "stdio,id=com1,signal=off", "-serial", "chardev:com1"])

@@ -16,6 +16,8 @@ use system::DiskContent;
 
 /// How often a run looks whether somebody asked it to end.
 const TICK: Duration = Duration::from_millis(200);
+/// Guests' port of web pages.
+const WEB_PORT: u16 = 80;
 /// How long a guest may take to answer before we say that it does not.
 const GUEST_COMES_UP: Duration = Duration::from_secs(120);
 
@@ -50,7 +52,7 @@ pub fn run(system: &Path, wanted: &Wanted) -> miette::Result<()> {
     let watchers: Vec<_> = machine
         .forwards
         .iter()
-        .filter(|forward| forward.tcp)
+        .filter(|forward| forward.tcp && forward.guest_port == WEB_PORT)
         .map(|forward| announce_web(forward.clone(), has_files, Arc::clone(&over)))
         .collect();
     let result = follow(machine, wanted.limit);

@@ -138,7 +138,7 @@ pub fn info(info: &Info) -> String {
 }
 
 /// What the counters of a guest's exits are called, in the order of `EXIT_*`.
-const EXIT_NAMES: [&str; EXIT_REASONS] =
+pub const EXIT_NAMES: [&str; EXIT_REASONS] =
     ["cpuid", "msr", "hlt", "hypercall", "port", "memory", "window", "other"];
 
 fn exits(guest: &GuestExits) -> String {
