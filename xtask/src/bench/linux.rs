@@ -190,7 +190,7 @@ fn bare_kernel(built: &Built) -> miette::Result<BareKernel> {
     let bytes = guest_kernel::ramdisk_file(&built.file, named("ramdisk:")?)?;
     std::fs::write(&ramdisk, bytes).into_diagnostic()?;
     let serve = guest_shell::SERVE;
-    let cmdline = format!("console=ttyS0 panic=-1 mem={mib}M {serve}");
+    let cmdline = format!("console=ttyS0 mem={mib}M {serve}");
     Ok(BareKernel { kernel, ramdisk, cmdline })
 }
 
