@@ -94,7 +94,7 @@ pub struct FakeGuest {
     /// How it runs.
     pub mode: Mode,
     /// EFER and PAT.
-    pub msrs: [u64; 2],
+    pub msrs: [u64; 3],
     /// How it was started last.
     pub started: Option<Start>,
     /// What it was told, and has not taken yet.

@@ -186,6 +186,14 @@ impl P2m {
         allowed.then_some(frame_of(raw))
     }
 
+    /// The frame behind `gfn` if it is the domain's own memory.
+    #[inline]
+    pub fn own_memory<P: Platform>(&self, p: &P, gfn: Gfn) -> Option<Mfn> {
+        let raw = self.entry(p, gfn);
+        (raw & (PRESENT | KIND_MASK) == PRESENT | (Kind::Ram as u64) << KIND_SHIFT)
+            .then_some(frame_of(raw))
+    }
+
     /// The entry for `gfn`, or 0.
     #[inline]
     fn entry<P: Platform>(&self, p: &P, gfn: Gfn) -> u64 {

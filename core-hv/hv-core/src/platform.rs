@@ -189,6 +189,8 @@ pub enum GuestMsr {
     Efer,
     /// Page attribute table.
     Pat,
+    /// What RDTSCP and RDPID read beside the time; exists where CPUID shows RDTSCP.
+    TscAux,
 }
 
 /// Why the machine cannot run hardware-virtualized domains.

@@ -1,12 +1,18 @@
 //! Hardware-virtualized vCPUs by AMD's SVM.
 //!
-//! | what | how |
+//! | what a guest reaches | how it is switched, or refused |
 //! |---|---|
 //! | registers that instructions can name | `Registers`, moved by `svm.s`; rax, rsp, rip, rflags in the VMCB |
-//! | system registers | in the VMCB, switched by VMRUN, VMLOAD and VMSAVE |
-//! | x87 and SSE, DR0 to DR3 | switched when another guest's vCPU ran here before; taken off when it leaves |
+//! | CR0, CR2, CR3, CR4, EFER, PAT, DR6, DR7, descriptor tables, CS to SS | in the VMCB, by VMRUN; EFER and PAT through the core, which checks them |
+//! | FS, GS, TR, LDTR; STAR, LSTAR, CSTAR, SFMASK, kernel GS base, SYSENTER's | in the VMCB, by VMLOAD and VMSAVE |
+//! | CR8 | virtual, in the VMCB |
+//! | x87, SSE, DR0 to DR3 | loaded when another vCPU ran here before, saved when it leaves |
+//! | TSC_AUX (where there is RDTSCP) | through the core; loaded when it differs, 0 for ring 3 |
+//! | TSC | the machine's own, by reading: `vcpu_time_info` speaks of it, on every processor and in every life. Writes are dropped; no offset, no scaling |
 //! | XSAVE state | not offered: XCR0 stays 1, XSETBV faults, so there is none |
 //! | protection keys | not offered; the register is emptied when another guest's vCPU ran here before |
+//! | DEBUGCTL, branch records | read as 0, take 0 |
+//! | SPEC_CTRL, PRED_CMD, XSS, CET, performance counters, VM_CR and all others | stop, and fault if `hv-core` does not know them |
 //! | memory | the domain's own page table as nested page table |
 //!
 //! A TLB entry belongs to an address space identifier. A vCPU gets a new one when it comes from
@@ -58,6 +64,7 @@ unsafe extern "C" {
 const EFER: u32 = 0xc000_0080;
 const VM_CR: u32 = 0xc001_0114;
 const VM_HSAVE: u32 = 0xc001_0117;
+const TSC_AUX: u32 = 0xc000_0103;
 const EFER_SVME: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 const VM_CR_DISABLED: u64 = 1 << 4;
@@ -110,6 +117,8 @@ mod at {
     pub const RIP: usize = 0x578;
     pub const RSP: usize = 0x5d8;
     pub const RAX: usize = 0x5f8;
+    /// STAR, LSTAR, CSTAR, SFMASK, kernel GS base, SYSENTER's three, CR2.
+    pub const SYSTEM_CALLS: core::ops::Range<usize> = 0x600..0x648;
     pub const PAT: usize = 0x668;
 }
 
@@ -167,6 +176,7 @@ struct Svm {
     asids: u32,
     next_rip: bool,
     keys: bool,
+    rdtscp: bool,
 }
 
 static SVM: Once<Result<Svm, NoGuests>> = Once::new();
@@ -201,9 +211,11 @@ pub fn prepare(boot: &mut BootMemory) {
         for (msr, bits) in OPEN_MSRS {
             open_msr(msr_map, msr, bits);
         }
-        let features = raw_cpuid::CpuId::new().get_extended_feature_info();
-        let keys = features.is_some_and(|info| info.has_pku());
-        Svm { io_map, msr_map, asids, next_rip, keys }
+        let cpuid = raw_cpuid::CpuId::new();
+        let keys = cpuid.get_extended_feature_info().is_some_and(|info| info.has_pku());
+        let extended = cpuid.get_extended_processor_and_feature_identifiers();
+        let rdtscp = extended.is_some_and(|info| info.has_rdtscp());
+        Svm { io_map, msr_map, asids, next_rip, keys, rdtscp }
     });
     SVM.call_once(|| found);
 }
@@ -263,12 +275,14 @@ pub struct Processor {
     round: u64,
     /// Which vCPU's x87, SSE and debug address registers are in the processor.
     owner: u64,
+    /// What TSC_AUX has.
+    aux: u64,
 }
 
 impl Processor {
     /// Turns virtualization on for this processor, which has two pages for it.
     pub fn new(pages: [u64; 2]) -> Self {
-        let mut this = Self { host: pages[0], asid: 0, round: 1, owner: 0 };
+        let mut this = Self { host: pages[0], asid: 0, round: 1, owner: 0, aux: 0 };
         if SVM.get().is_some_and(Result::is_ok) {
             match detect() {
                 Ok(_) => this.enable(pages[1]),
@@ -318,6 +332,7 @@ impl Processor {
     }
 
     /// Runs a vCPU until something stops it; the interrupt's vector if one did.
+    #[inline]
     pub fn run(
         &mut self,
         registers: &mut Registers,
@@ -334,6 +349,9 @@ impl Processor {
             self.owner = serial;
         }
         guest.cpu = Some(cpu);
+        if self.aux != guest.aux {
+            self.set_aux(guest.aux);
+        }
         guest.set_window(window);
         guest.write_back(registers);
         // SAFETY: SVM is on, the control block is complete and this vCPU's alone, its nested root
@@ -344,9 +362,22 @@ impl Processor {
     }
 
     /// Saves what a vCPU left in this processor.
-    pub fn leave(&self, guest: &mut Guest, serial: u64) {
+    pub fn leave(&mut self, guest: &mut Guest, serial: u64) {
         if self.owner == serial {
             guest.save_extended();
+        }
+        if self.aux != 0 {
+            self.set_aux(0);
+        }
+    }
+
+    /// Ring 3 can read it too, and finds 0.
+    #[cold]
+    fn set_aux(&mut self, aux: u64) {
+        if shared().rdtscp {
+            // SAFETY: exists by CPUID; the core itself does not use it.
+            unsafe { Msr::new(TSC_AUX).write(aux) };
+            self.aux = aux;
         }
     }
 }
@@ -394,6 +425,7 @@ struct Extended([u8; 512]);
 pub struct Guest {
     extended: Extended,
     debug: [u64; 4],
+    aux: u64,
     vmcb: Vmcb,
     asid: u32,
     round: u64,
@@ -422,6 +454,7 @@ impl Guest {
         Self {
             extended: Extended([0; 512]),
             debug: [0; 4],
+            aux: 0,
             vmcb,
             asid: 0,
             round: 0,
@@ -456,6 +489,7 @@ impl Guest {
         vmcb.set(at::PAT, 0x0007_0406_0007_0406);
         vmcb.set(at::SHADOW, 0);
         vmcb.set(at::EVENT, 0);
+        at::SYSTEM_CALLS.step_by(8).for_each(|place| vmcb.set(place, 0));
         match start {
             Start::Reset => {
                 vmcb.set_segment(at::CS, 0xf000, 0x9b, 0xffff, 0xffff_0000);
@@ -488,6 +522,7 @@ impl Guest {
         self.extended.0[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
         self.extended.0[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
         self.debug = [0; 4];
+        self.aux = 0;
         // What is in a processor under its name is not its any more.
         self.cpu = None;
     }
@@ -659,6 +694,7 @@ impl Guest {
         match register {
             GuestMsr::Efer => self.vmcb.get(at::EFER) & !EFER_SVME,
             GuestMsr::Pat => self.vmcb.get(at::PAT),
+            GuestMsr::TscAux => self.aux,
         }
     }
 
@@ -673,6 +709,7 @@ impl Guest {
                 self.vmcb.set(at::PAT, value);
                 self.dirty |= clean::NESTED;
             }
+            GuestMsr::TscAux => self.aux = value,
         }
     }
 

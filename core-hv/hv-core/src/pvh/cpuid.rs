@@ -4,6 +4,7 @@
 //! no MSR that it does not answer. Lists name what is shown, so that a new processor's new
 //! features stay hidden.
 
+use crate::platform::Platform;
 use xen_abi::DomainId;
 
 /// What an answer depends on beside the machine.
@@ -50,14 +51,16 @@ const X2APIC: u32 = 1 << 21;
 const HYPERVISOR: u32 = 1 << 31;
 /// FSGSBASE, BMI1, SMEP, BMI2, ERMS, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB, SHA.
 const STRUCTURED_EBX: u32 = bits(&[0, 3, 7, 8, 9, 18, 19, 20, 23, 24, 29]);
-/// UMIP.
-const STRUCTURED_ECX: u32 = bits(&[2]);
+/// UMIP, RDPID.
+const STRUCTURED_ECX: u32 = bits(&[2, 22]);
 /// Fast short REP MOV.
 const STRUCTURED_EDX: u32 = bits(&[4]);
 /// LAHF in long mode, ABM, SSE4A, misaligned SSE, PREFETCH.
 const EXTENDED_ECX: u32 = bits(&[0, 5, 6, 7, 8]);
-/// Those that AMD repeats, SYSCALL, NX, MMXEXT, FFXSR, 1-GiB pages, long mode.
-const EXTENDED_EDX: u32 = FEATURES_EDX & !bits(&[11, 19, 25, 26]) | bits(&[11, 20, 22, 25, 26, 29]);
+const RDTSCP: u32 = 1 << 27;
+/// Those that AMD repeats, SYSCALL, NX, MMXEXT, FFXSR, 1-GiB pages, RDTSCP, long mode.
+const EXTENDED_EDX: u32 =
+    FEATURES_EDX & !bits(&[11, 19, 25, 26]) | bits(&[11, 20, 22, 25, 26, 29]) | RDTSCP;
 /// Timer of the APIC runs always.
 const ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
 const INVARIANT_TSC: u32 = 1 << 8;
@@ -68,6 +71,11 @@ const CAPACITY_EBX: u32 = bits(&[0]);
 const ONE_PACKAGE: u32 = 4 << 12 | 15;
 /// Physical address bits: what an address space can hold.
 const PHYSICAL_BITS_MAX: u32 = 46;
+
+/// Whether the processor has RDTSCP, and so the MSR that it reads.
+pub(super) fn has_rdtscp<P: Platform>(p: &P) -> bool {
+    p.cpuid(0x8000_0001, 0)[3] & RDTSCP != 0
+}
 
 /// The answer to `leaf`, `subleaf`.
 #[must_use]
@@ -179,16 +187,15 @@ mod tests {
         for hidden in [7, 14, 21, 22, 28, 29] {
             assert_eq!(edx >> hidden & 1, 0, "1.edx.{hidden}");
         }
-        let [_, _, ecx, edx] = all_ones(0x8000_0001, 0);
+        let [_, _, ecx, _] = all_ones(0x8000_0001, 0);
         for hidden in [2, 10, 15, 22, 23, 24, 28] {
             assert_eq!(ecx >> hidden & 1, 0, "80000001.ecx.{hidden}");
         }
-        assert_eq!(edx >> 27 & 1, 0, "RDTSCP");
         let [_, ebx, ecx, edx] = all_ones(7, 0);
         for hidden in [1, 2, 5, 6, 10, 11, 16] {
             assert_eq!(ebx >> hidden & 1, 0, "7.ebx.{hidden}");
         }
-        assert_eq!(ecx, 1 << 2);
+        assert_eq!(ecx, 1 << 2 | 1 << 22);
         assert_eq!(edx, 1 << 4);
         for leaf in [5, 9, 0xa, 0xb, 0xd, 0xf, 0x10, 0x14, 0x8000_000a, 0x8000_001f] {
             assert_eq!(all_ones(leaf, 0), [0; 4], "{leaf:#x}");

@@ -6,8 +6,8 @@ use super::lapic::{Command, Lapic};
 use super::msr::low;
 use super::walk::translate;
 use super::{Unlisted, lapic};
-use crate::access;
 use crate::domain::Cause;
+use crate::frame::Mfn;
 use crate::platform::{CpuId, Event, GuestExit, Platform, Start};
 use crate::state::Core;
 use crate::vcpu::{VcpuId, Wait};
@@ -15,8 +15,8 @@ use axolotl_abi::control::{
     DEATH_FAULT, DEATH_RULE, DEATH_SHUTDOWN, EXIT_CPUID, EXIT_HALT, EXIT_HYPERCALL, EXIT_MEMORY,
     EXIT_MSR, EXIT_OTHER, EXIT_PORT, EXIT_WINDOW,
 };
-use xen_abi::DomainId;
 use xen_abi::sched::SHUTDOWN_POWEROFF;
+use xen_abi::{DomainId, Gfn};
 
 const INTERRUPTS_ON: u64 = 1 << 9;
 const DOUBLE_FAULT: u8 = 8;
@@ -122,31 +122,41 @@ impl<P: Platform> Core<P> {
         v: VcpuId,
         state: &P::Vcpu,
     ) -> ([u8; MAX_BYTES], usize) {
-        let mode = &self.vcpu(v).virt.mode;
-        let rip = P::registers(state).rip;
-        let linear =
-            if mode.code_bits == 64 { rip } else { mode.cs_base.wrapping_add(rip) & 0xffff_ffff };
-        let p2m = &self.me(v.domain).p2m;
         let mut code = [0; MAX_BYTES];
         let mut done = 0;
         while done < MAX_BYTES {
-            let at = linear.wrapping_add(done as u64);
-            let len = (MAX_BYTES - done).min(4096 - (at & 0xfff) as usize);
-            let part = &mut code[done..done + len];
-            let gpa = translate(p, p2m, mode, at, false);
-            if gpa.is_none_or(|gpa| access::read(p, p2m, gpa, part).is_err()) {
-                break;
-            }
+            let Some((mfn, offset)) = self.code_at(p, v, state, done as u64) else { break };
+            let len = (MAX_BYTES - done).min(4096 - offset);
+            p.read(mfn, offset, &mut code[done..done + len]);
             done += len;
         }
         (code, done)
     }
 
+    /// Where the byte is that comes so far behind the first one of the instruction.
+    fn code_at(&self, p: &P, v: VcpuId, state: &P::Vcpu, behind: u64) -> Option<(Mfn, usize)> {
+        let domain = self.me(v.domain);
+        let mode = &self.vcpu(v).virt.mode;
+        let at = P::registers(state).rip.wrapping_add(behind);
+        let linear =
+            if mode.code_bits == 64 { at } else { mode.cs_base.wrapping_add(at) & 0xffff_ffff };
+        let gpa = translate(p, &domain.p2m, mode, linear, false)?;
+        let mfn = domain.p2m.memory(p, Gfn::containing(gpa), false)?;
+        Some((mfn, (gpa & 0xfff) as usize))
+    }
+
     /// Lets a vCPU go on behind an instruction with `opcode` bytes and nothing behind them.
     pub(super) fn skip(&self, p: &P, v: VcpuId, state: &mut P::Vcpu, opcode: usize) {
         let next = P::next_rip(state).unwrap_or_else(|| {
-            let (code, len) = self.instruction(p, v, state);
-            let length = length(&code[..len], self.vcpu(v).virt.mode.code_bits, opcode);
+            let bits = self.vcpu(v).virt.mode.code_bits;
+            // Compilers put nothing before these instructions, and one byte is enough to see it.
+            let first = self.code_at(p, v, state, 0).map(|(mfn, offset)| p.load8(mfn, offset));
+            let length = if first.is_some_and(|byte| length(&[byte], bits, 0) == 0) {
+                opcode as u64
+            } else {
+                let (code, len) = self.instruction(p, v, state);
+                length(&code[..len], bits, opcode)
+            };
             self.truncated(v, P::registers(state).rip.wrapping_add(length))
         });
         P::skip_to(state, next);

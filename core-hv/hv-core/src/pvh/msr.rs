@@ -1,7 +1,7 @@
 //! MSRs that end the guest's run (`xen-abi.md` §5.3). SYSCALL's, SYSENTER's, the segment bases and
 //! the TSC's reading do not: the processor switches them.
 
-use super::cpuid::HYPERCALL_PAGE_MSR;
+use super::cpuid::{self, HYPERCALL_PAGE_MSR};
 use super::{Unlisted, lapic};
 use crate::p2m::Kind;
 use crate::platform::{Event, GuestMsr, Platform};
@@ -26,6 +26,7 @@ const SYSTEM_CONFIG: u32 = 0xc001_0010;
 const HARDWARE_CONFIG: u32 = 0xc001_0015;
 const NORTHBRIDGE: u32 = 0xc001_001f;
 const DECODE_CONFIG: u32 = 0xc001_1029;
+const TSC_AUX: u32 = 0xc000_0103;
 
 const EFER_LONG_MODE: u64 = 1 << 8;
 const EFER_LONG_ACTIVE: u64 = 1 << 10;
@@ -67,7 +68,7 @@ impl<P: Platform> Core<P> {
     pub(super) fn guest_rdmsr(&mut self, p: &mut P, v: VcpuId, state: &mut P::Vcpu) {
         let registers = P::registers(state);
         let msr = low(registers.rcx);
-        let Some(value) = self.read_msr(v, state, msr) else {
+        let Some(value) = self.read_msr(p, v, state, msr) else {
             self.note_unlisted(v, Unlisted::ReadMsr, msr);
             return P::inject(state, Event::Exception(13, Some(0)));
         };
@@ -77,11 +78,12 @@ impl<P: Platform> Core<P> {
         self.skip(p, v, state, 2);
     }
 
-    fn read_msr(&mut self, v: VcpuId, state: &P::Vcpu, msr: u32) -> Option<u64> {
+    fn read_msr(&mut self, p: &P, v: VcpuId, state: &P::Vcpu, msr: u32) -> Option<u64> {
         let virt = &self.vcpu(v).virt;
         Some(match msr {
             EFER => P::guest_msr(state, GuestMsr::Efer),
             PAT => P::guest_msr(state, GuestMsr::Pat),
+            TSC_AUX if cpuid::has_rdtscp(p) => P::guest_msr(state, GuestMsr::TscAux),
             APIC_BASE => virt.lapic.base(v.index),
             X2APIC..0x900 if virt.lapic.is_wide() => virt.lapic.read(msr - X2APIC, v.index)?,
             PATCH_LEVEL => 1,
@@ -120,6 +122,9 @@ impl<P: Platform> Core<P> {
             PAT => {
                 let is_valid = value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7));
                 is_valid.then(|| P::set_guest_msr(state, GuestMsr::Pat, value))
+            }
+            TSC_AUX if cpuid::has_rdtscp(p) => {
+                (value >> 32 == 0).then(|| P::set_guest_msr(state, GuestMsr::TscAux, value))
             }
             APIC_BASE => self.vcpu_mut(v).virt.lapic.set_base(value).then_some(()),
             X2APIC..0x900 if self.vcpu(v).virt.lapic.is_wide() => {

@@ -4,7 +4,7 @@
 //! paging mode the caller is in. Source: AMD64 APM volume 2, chapter 5. Accessed and dirty bits
 //! are left as they are: kernels set them beforehand in their own mappings.
 
-use crate::p2m::{Kind, P2m};
+use crate::p2m::P2m;
 use crate::platform::{Mode, Platform};
 use xen_abi::Gfn;
 
@@ -97,10 +97,10 @@ fn narrow<P: Platform>(p: &P, p2m: &P2m, mode: &Mode, linear: u64, write: bool) 
 
 /// An entry of a table, which must be the domain's own memory.
 fn load<P: Platform>(p: &P, p2m: &P2m, gpa: u64, bytes: u64) -> Option<u64> {
-    let page = p2m.page(p, Gfn::containing(gpa)).filter(|page| page.kind == Kind::Ram)?;
+    let mfn = p2m.own_memory(p, Gfn::containing(gpa))?;
     let offset = (gpa & 0xfff) as usize;
     Some(match bytes {
-        4 => p.load32(page.mfn, offset).into(),
-        _ => p.load64(page.mfn, offset),
+        4 => p.load32(mfn, offset).into(),
+        _ => p.load64(mfn, offset),
     })
 }
