@@ -6,8 +6,10 @@
 //! 7.2 does. A correct driver cannot tell them apart. What no driver may do is noted in
 //! [`Model::violations`].
 
+mod engine;
+
 use crate::PciId;
-use crate::descriptor::{COMMAND, DESCRIPTOR_BYTES, STATUS_DD, STATUS_EOP};
+use crate::descriptor::{DESCRIPTOR_BYTES, DEXT, EOP, IFCS, RS, STATUS_DD, STATUS_EOP};
 use crate::registers as reg;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
@@ -15,7 +17,9 @@ use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::cell::RefCell;
+use core::sync::atomic::Ordering;
 use domain_api::{Clock, Dma, DmaPage, Errno, Page, Registers};
+use engine::{Context, Kind};
 
 /// The address in the model's EEPROM.
 pub const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
@@ -77,6 +81,11 @@ struct State {
     signalled: u32,
     messages: Vec<u32>,
     sent: VecDeque<Vec<u8>>,
+    context: Option<Context>,
+    /// The packet whose descriptors are being processed, and what they have in common.
+    gathered: Vec<u8>,
+    kind: u64,
+    slow: bool,
     now_ns: u64,
     violations: Vec<String>,
     bus: Option<Bus>,
@@ -118,6 +127,10 @@ impl Model {
             signalled: 0,
             messages: Vec::new(),
             sent: VecDeque::new(),
+            context: None,
+            gathered: Vec::new(),
+            kind: 0,
+            slow: false,
             now_ns: 0,
             violations: Vec::new(),
             bus: None,
@@ -169,6 +182,11 @@ impl Model {
         }
     }
 
+    /// Sets the link's speed: 100 Mb/s, or 1 Gb/s as in the beginning.
+    pub fn set_slow(&self, slow: bool) {
+        self.0.borrow_mut().slow = slow;
+    }
+
     /// Writes anything into a register, as a previous owner may have done.
     pub fn poke(&self, offset: u32, value: u32) {
         self.0.borrow_mut().registers.insert(offset, value);
@@ -208,7 +226,7 @@ impl Model {
         self.0.borrow_mut().deliver(frame, defect)
     }
 
-    /// Sends up to `count` frames, paused or not.
+    /// Sends up to `count` packets, paused or not.
     pub fn transmit(&self, count: usize) {
         self.0.borrow_mut().transmit(count);
     }
@@ -225,6 +243,8 @@ impl State {
         self.registers.insert(reg::RXDCTL, reg::DCTL_WTHRESH_1);
         self.signalled = 0;
         self.load_address();
+        self.context = None;
+        self.gathered.clear();
     }
 
     fn load_address(&mut self) {
@@ -346,27 +366,27 @@ impl State {
         let Some((page, offset)) = self.page(u64::from_le_bytes(address), 2048) else { return };
         page.write(offset, frame);
         let mut len = u16::try_from(frame.len()).expect("a frame");
-        let mut errors = 0;
+        let (found, mut errors) = engine::look(frame, self.get(reg::RXCSUM));
         match defect {
-            Defect::Errors(bits) => errors = bits,
+            Defect::Errors(bits) => errors |= bits,
             Defect::Length(other) => len = other,
             Defect::None | Defect::Pieces => {}
         }
         let [low, high] = len.to_le_bytes();
-        ring.write(at + 8, &[low, high, 0, 0, status, errors, 0, 0]);
+        ring.write(at + 8, &[low, high, 0, 0, status | found, errors, 0, 0]);
     }
 
     fn transmit(&mut self, count: usize) {
         let on =
             self.get(reg::TCTL) & reg::TCTL_EN != 0 && self.get(reg::TARC0) & reg::TARC_ENABLE != 0;
-        let mut any = false;
-        for _ in 0..count {
+        let (mut any, mut ended) = (false, 0);
+        while ended < count {
             let (head, tail) = (self.get(reg::TDH), self.get(reg::TDT));
             if !on || head == tail || !self.master() {
                 break;
             }
             let slots = self.slots(reg::TDLEN);
-            self.send(head);
+            ended += usize::from(self.process(head));
             self.registers.insert(reg::TDH, (head + 1) % slots);
             any = true;
         }
@@ -375,22 +395,68 @@ impl State {
         }
     }
 
-    fn send(&mut self, slot: u32) {
-        let Some((ring, at)) = self.descriptor(reg::TDBAL, reg::TDBAH, slot) else { return };
-        let mut descriptor = [0; DESCRIPTOR_BYTES];
-        ring.read(at, &mut descriptor);
-        let (address, rest) = descriptor.split_at(8);
-        let len = usize::from(u16::from_le_bytes([rest[0], rest[1]]));
-        if rest[3] != COMMAND || rest[4] != 0 || !(14..=1518).contains(&len) {
-            self.violation(format!("transmit descriptor {descriptor:x?}"));
+    /// Processes a transmit descriptor. True when it ended a packet.
+    fn process(&mut self, slot: u32) -> bool {
+        let Some((ring, at)) = self.descriptor(reg::TDBAL, reg::TDBAH, slot) else { return false };
+        let half = |at| u64::from_le(ring.u64(at).load(Ordering::Acquire));
+        let (first, second) = (half(at), half(at + 8));
+        if let Kind::Context(context) = Kind::of(first, second) {
+            if !self.gathered.is_empty() {
+                self.violation("a context within a packet".into());
+            }
+            self.context = Some(context);
+            return false;
         }
-        let address = u64::from_le_bytes(address.try_into().expect("eight bytes"));
+        self.gather(first, second);
+        let ended = second & EOP != 0;
+        if ended {
+            self.send(second);
+        }
+        if second & RS != 0 {
+            ring.write(at + 12, &[STATUS_DD]);
+        }
+        if ended != (second & RS != 0) {
+            self.violation("status is for the ends of packets".into());
+        }
+        ended
+    }
+
+    /// Fetches a part of a packet.
+    fn gather(&mut self, address: u64, command: u64) {
+        let is_data = command & DEXT != 0;
+        let length = if is_data { command & 0xf_ffff } else { command & 0xffff };
+        let len = usize::try_from(length).expect("20 bits");
+        let kind = command & !(0xf_ffff | EOP | RS);
+        if len == 0 || command & 0xff << 32 != 0 || kind & IFCS == 0 {
+            self.violation(format!("transmit descriptor {address:#x} {command:#x}"));
+        }
+        if !self.gathered.is_empty() && self.kind != kind {
+            self.violation("descriptors of two kinds in a packet".into());
+        }
+        self.kind = kind;
         let Some((page, offset)) = self.page(address, len) else { return };
-        let mut frame = alloc::vec![0; len];
-        page.read(offset, &mut frame);
-        self.sent.push_back(frame);
-        self.registers.insert(reg::GPTC, self.get(reg::GPTC) + 1);
-        ring.write(at + 12, &[STATUS_DD]);
+        let at = self.gathered.len();
+        self.gathered.resize(at + len, 0);
+        page.read(offset, &mut self.gathered[at..]);
+    }
+
+    fn send(&mut self, command: u64) {
+        let packet = core::mem::take(&mut self.gathered);
+        let frames = match command & DEXT {
+            0 if self.kind != IFCS => Err(format!("legacy command {command:#x}")),
+            0 => Ok(alloc::vec![packet]),
+            _ => engine::send(&packet, command, self.context),
+        };
+        for frame in frames.unwrap_or_else(|what| {
+            self.violation(what);
+            Vec::new()
+        }) {
+            if !(14..=1518).contains(&frame.len()) {
+                self.violation(format!("a frame of {} bytes", frame.len()));
+            }
+            self.sent.push_back(frame);
+            self.registers.insert(reg::GPTC, self.get(reg::GPTC) + 1);
+        }
     }
 
     fn read(&mut self, offset: u32) -> u32 {
@@ -418,7 +484,8 @@ impl State {
         let up = self.link && control & reg::CTRL_SLU != 0;
         let master = self.faults.stuck_master || control & reg::CTRL_GIO_MASTER_DISABLE == 0;
         let bit = |on, bit| if on { bit } else { 0 };
-        bit(up, reg::STATUS_LU) | bit(master, reg::STATUS_GIO_MASTER_ENABLE)
+        let speed = if self.slow { 1 << 6 } else { reg::STATUS_SPEED_1000 };
+        speed | bit(up, reg::STATUS_LU) | bit(master, reg::STATUS_GIO_MASTER_ENABLE)
     }
 
     fn write(&mut self, offset: u32, value: u32) {

@@ -9,16 +9,18 @@
 //! filled but the device has not been told. `tail - next` never exceeds the number of buffers,
 //! which is below the number of slots, so head = tail always means empty.
 
-use crate::buffers::{BUFFER_BYTES, Buffers, Holder};
 use crate::descriptor::{ERRORS, RING, Received, Ring, STATUS_EOP};
 use crate::registers as reg;
 use crate::{Counters, is_frame};
+use card_buffers::{Buffers, Holder, Shape};
 use core::sync::atomic::{Ordering, fence};
-use domain_api::nic::Buffer;
+use domain_api::nic::{self, Buffer, Checksum};
 use domain_api::{Dma, Errno, Registers};
 
 /// Buffers for reception: 1.5 ms of full-sized frames at line rate.
 pub const RECEIVE_BUFFERS: u16 = 128;
+/// What `RCTL` says: 2048 bytes.
+const SHAPE: Shape = Shape::half_page(0);
 /// Buffers that are given back to the device at once: telling it costs an access over the bus.
 const BATCH: u16 = 16;
 const _: () = assert!(RECEIVE_BUFFERS < RING);
@@ -46,7 +48,7 @@ impl Receiver {
     pub fn new(dma: &mut impl Dma) -> Result<Self, Errno> {
         let mut receiver = Self {
             ring: Ring::new(dma.alloc()?),
-            buffers: Buffers::new(dma, 0, RECEIVE_BUFFERS)?,
+            buffers: Buffers::new(dma, 0, RECEIVE_BUFFERS, SHAPE)?,
             slots: [0; RING as usize],
             next: 0,
             published: 0,
@@ -63,7 +65,7 @@ impl Receiver {
     }
 
     fn offer(&mut self, index: u16) {
-        self.ring.offer(self.tail, self.buffers.bus_address(index));
+        self.ring.offer(self.tail, self.buffers.content_address(index));
         self.slots[usize::from(self.tail % RING)] = index;
         self.buffers.set(index, Holder::Device);
         self.tail = self.tail.wrapping_add(1);
@@ -80,14 +82,19 @@ impl Receiver {
     }
 
     /// The next good frame.
-    pub fn take(&mut self, counters: &mut Counters) -> Option<Buffer> {
+    pub fn take(&mut self, counters: &mut Counters) -> Option<nic::Received> {
         loop {
             let received = self.arrived()?;
             let index = self.slots[usize::from(self.next % RING)];
             self.next = self.next.wrapping_add(1);
             if self.is_good(received, counters) {
                 counters.received += 1;
-                return Some(self.buffers.lend(index, received.len));
+                let good = received.is_checksum_good();
+                let checksum = if good { Checksum::Good } else { Checksum::Unknown };
+                return Some(nic::Received {
+                    buffer: self.buffers.lend(index, received.len),
+                    checksum,
+                });
             }
             self.offer(index);
         }
@@ -103,7 +110,7 @@ impl Receiver {
             counters.bad_pieces += u64::from(last);
         } else if received.errors & ERRORS != 0 {
             counters.bad_frames += 1;
-        } else if !is_frame(received.len) || received.len > BUFFER_BYTES {
+        } else if !is_frame(received.len.into()) {
             counters.bad_lengths += 1;
         } else {
             return true;

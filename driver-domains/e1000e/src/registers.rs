@@ -32,6 +32,8 @@ pub const CTRL_PHY_RST: u32 = 1 << 31;
 pub const STATUS: u32 = 0x0008;
 /// `STATUS`: link up.
 pub const STATUS_LU: u32 = 1 << 1;
+/// `STATUS`: the link's speed is 1 Gb/s, else 10 or 100 Mb/s.
+pub const STATUS_SPEED_1000: u32 = 1 << 7;
 /// `STATUS`: master requests are possible or still under way.
 pub const STATUS_GIO_MASTER_ENABLE: u32 = 1 << 19;
 
@@ -196,8 +198,12 @@ pub const DCTL_GRAN: u32 = 1 << 24;
 /// `RXDCTL` and `TXDCTL`: write back each descriptor at once.
 pub const DCTL_WTHRESH_1: u32 = 1 << 16;
 
-/// Receive checksum control; 0: no offload.
+/// Receive checksum control.
 pub const RXCSUM: u32 = 0x5000;
+/// `RXCSUM`: look at checksums of IPv4 headers.
+pub const RXCSUM_IPOFLD: u32 = 1 << 8;
+/// `RXCSUM`: look at checksums of TCP and UDP.
+pub const RXCSUM_TUOFLD: u32 = 1 << 9;
 /// Receive filter control.
 pub const RFCTL: u32 = 0x5008;
 /// `RFCTL`: no interrupt for TCP acknowledgements.

@@ -93,6 +93,7 @@ impl<R: Registers> E1000e<R> {
             registers,
             mac,
             link: false,
+            gigabit: false,
             receiver: Receiver::new(dma).map_err(StartError::Memory)?,
             transmitter: Transmitter::new(dma).map_err(StartError::Memory)?,
             statistics: Statistics::default(),
@@ -108,7 +109,7 @@ impl<R: Registers> E1000e<R> {
         route_interrupts(&mut self.registers);
         start_receiver(&mut self.registers, &mut self.receiver);
         start_transmitter(&mut self.registers, &self.transmitter);
-        self.link = self.registers.read(reg::STATUS) & reg::STATUS_LU != 0;
+        self.refresh_link();
         self.statistics.collect(&self.registers); // Reading clears what others left.
         self.statistics = Statistics::default();
         self.registers.write(reg::IMS, reg::INT_RXQ0 | reg::INT_OTHER | reg::INT_LSC);
@@ -268,7 +269,7 @@ fn start_receiver<R: Registers>(r: &mut R, receiver: &mut Receiver) {
     r.write(reg::RADV, 0);
     r.write(reg::RSRPD, 0);
     r.write(reg::RXDCTL, reg::DCTL_GRAN | reg::DCTL_WTHRESH_1);
-    r.write(reg::RXCSUM, 0);
+    r.write(reg::RXCSUM, reg::RXCSUM_IPOFLD | reg::RXCSUM_TUOFLD);
     // Legacy descriptors, and no interrupt for each TCP acknowledgement.
     r.write(reg::RFCTL, reg::RFCTL_ACK_DIS | reg::RFCTL_NO_PARSING);
     // The multicast table needs no clearing: promiscuous reception does not look at it.

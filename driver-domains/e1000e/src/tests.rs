@@ -1,16 +1,19 @@
 //! The driver against the model.
 
-use crate::buffers::Holder;
 use crate::model::{Defect, Dialect, Faults, MAC, Model};
 use crate::receive::RECEIVE_BUFFERS;
 use crate::transmit::TRANSMIT_BUFFERS;
 use crate::{E1000e, Hang, PciId, StartError, TRANSMIT_TIMEOUT_NS, VECTOR_OTHER, VECTOR_QUEUES};
 use crate::{MIN_FRAME, registers as reg};
+use card_buffers::Holder;
 use domain_api::nic::{Buffer, MAX_FRAME, Nic, Offload};
+use domain_api::packets::Shape;
 use domain_api::{Clock, Errno};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::collections::VecDeque;
+
+mod offload;
 
 const DIALECTS: [Dialect; 2] = [Dialect::Datasheet, Dialect::Lazy];
 
@@ -203,7 +206,7 @@ fn defective_frames_are_dropped_and_counted() {
     let counters = device.statistics().counters;
     assert_eq!((counters.bad_frames, counters.bad_lengths, counters.bad_pieces), (2, 4, 2));
     assert_eq!(counters.received, 1);
-    assert_eq!(device.receiver.buffers.count(Holder::Lent), 1);
+    assert_eq!(device.receiver.buffers.held(Holder::Lent), 1);
 }
 
 #[test]
@@ -226,7 +229,10 @@ fn buffers_that_were_never_lent_are_not_believed() {
     device.cancel(buffer);
     device.cancel(forged(token, 60));
     assert_eq!(device.statistics().counters.bad_buffers, 19);
-    assert_eq!(device.transmitter.buffers.count(Holder::Free), usize::from(TRANSMIT_BUFFERS));
+    assert_eq!(
+        device.transmitter.buffers.buffers().held(Holder::Free),
+        usize::from(TRANSMIT_BUFFERS)
+    );
 }
 
 #[test]
@@ -333,6 +339,7 @@ enum Step {
     Recycle(usize),
     Lend,
     Send(usize, usize),
+    Packet(Shape, Offload, u16),
     Cancel(usize),
     Flush,
     Transmit(usize),
@@ -345,11 +352,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => any::<usize>().prop_map(Step::Recycle),
         5 => Just(Step::Lend),
         4 => (any::<usize>(), MIN_FRAME..=MAX_FRAME).prop_map(|(i, len)| Step::Send(i, len)),
+        2 => (offload::packets(), 0_u16..2000).prop_map(|((s, o), at)| Step::Packet(s, o, at)),
         1 => any::<usize>().prop_map(Step::Cancel),
         2 => Just(Step::Flush),
         2 => (0_usize..40).prop_map(Step::Transmit),
     ];
-    vec(step, 0..1500)
+    vec(step, 0..1000)
 }
 
 /// The driver, its users and the wire, with what each shall see.
@@ -360,13 +368,19 @@ struct Rig {
     arriving: VecDeque<Vec<u8>>,
     taken: Vec<Buffer>,
     lent: Vec<Buffer>,
-    leaving: VecDeque<Vec<u8>>,
+    leaving: VecDeque<Leaving>,
+}
+
+/// What was queued, and shall leave.
+enum Leaving {
+    Frame(Vec<u8>),
+    Packet(Shape, Offload),
 }
 
 impl Rig {
     fn step(&mut self, step: &Step) {
         self.number += 1;
-        match *step {
+        match step.clone() {
             Step::Deliver(len, kind) => self.deliver(len, kind),
             Step::Take => self.take(),
             Step::Recycle(i) if !self.taken.is_empty() => {
@@ -380,7 +394,12 @@ impl Rig {
                 buffer.page.write(usize::from(buffer.offset), &bytes);
                 buffer.len = u16::try_from(len).expect("a frame");
                 transmit(&mut self.device, buffer);
-                self.leaving.push_back(bytes);
+                self.leaving.push_back(Leaving::Frame(bytes));
+            }
+            Step::Packet(shape, offload, split) => {
+                if offload::send_packet(&mut self.device, &shape, offload, split) {
+                    self.leaving.push_back(Leaving::Packet(shape, offload));
+                }
             }
             Step::Cancel(i) if !self.lent.is_empty() => {
                 let buffer = self.lent.swap_remove(i % self.lent.len());
@@ -390,9 +409,16 @@ impl Rig {
             Step::Transmit(count) => self.model.transmit(count),
             Step::Recycle(_) | Step::Send(..) | Step::Cancel(_) => {}
         }
-        for bytes in self.model.sent() {
-            assert_eq!(Some(bytes), self.leaving.pop_front(), "frames leave in order, unchanged");
+        let mut sent = self.model.sent().into();
+        while let Some(leaving) = self.leaving.pop_front_if(|_| !VecDeque::is_empty(&sent)) {
+            match leaving {
+                Leaving::Frame(bytes) => {
+                    assert_eq!(Some(bytes), sent.pop_front(), "in order, unchanged");
+                }
+                Leaving::Packet(shape, offload) => offload::judge(&shape, offload, &mut sent),
+            }
         }
+        assert!(sent.is_empty(), "nothing leaves that was not sent");
     }
 
     fn deliver(&mut self, len: usize, kind: u8) {
@@ -422,7 +448,7 @@ impl Rig {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// All frames go through in order and unchanged, and no buffer is lost, whatever the order
+    /// All frames go through in order and unchanged, packets as right frames, and no buffer is lost, whatever the order
     /// of deliveries, completions and calls.
     #[test]
     fn frames_keep_their_order_and_buffers_come_back(lazy in any::<bool>(), steps in steps()) {
@@ -444,9 +470,10 @@ proptest! {
         prop_assert!(rig.leaving.is_empty());
         prop_assert!(receive(&mut rig.device).is_none());
         rig.device.transmitter.is_stuck(0, true); // Collects.
-        let (rx, tx) = (&rig.device.receiver.buffers, &rig.device.transmitter.buffers);
-        prop_assert_eq!(rx.count(Holder::Device), usize::from(RECEIVE_BUFFERS));
-        prop_assert_eq!(tx.count(Holder::Free), usize::from(TRANSMIT_BUFFERS));
+        let rx = &rig.device.receiver.buffers;
+        let tx = rig.device.transmitter.buffers.buffers();
+        prop_assert_eq!(rx.held(Holder::Device), usize::from(RECEIVE_BUFFERS));
+        prop_assert_eq!(tx.held(Holder::Free), usize::from(TRANSMIT_BUFFERS));
         prop_assert_eq!(rig.model.violations(), Vec::<String>::new());
     }
 

@@ -13,6 +13,8 @@ pub mod disk;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod nic;
+#[cfg(any(test, feature = "fake"))]
+pub mod packets;
 
 use alloc::vec::Vec;
 pub use shmem::Page;

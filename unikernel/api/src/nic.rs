@@ -11,7 +11,7 @@
 //! from the beginning of the TCP or UDP header on, that field included, and storing the complement
 //! there. Linux, Xen (`NETTXF_csum_blank`) and virtio (`VIRTIO_NET_HDR_F_NEEDS_CSUM`) agree on
 //! this, so that such a packet can be passed on as it is. In a packet that is to be cut, the
-//! length is that of the whole packet; a card must not rely on it.
+//! length is that of the whole packet.
 
 use alloc::vec::{Drain, Vec};
 use shmem::Page;
@@ -54,11 +54,10 @@ pub struct Offloads {
 
 /// Where a packet's headers are: positions in its first buffer's content.
 ///
-/// Whoever fills it in has found that `l3 < l4 < end`, that `end` is at most [`MAX_HEADERS`] and
-/// within the first buffer's content, and that the headers are as said: from `l4` to `end` is at
-/// least what a header of that protocol has. The IP packet ends where the content of the last
-/// buffer does, not before padding: cards add up everything to the end. A driver checks again what its device would stumble
-/// over, and refuses the packet then.
+/// Whoever fills it in has found that the headers are there, as said, and [`Self::are_sound`]; and
+/// that the IP packet ends where the content of the last buffer does, not before padding: cards
+/// add up everything to the end. A driver checks again what its device would stumble over, and
+/// refuses the packet then.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Headers {
     /// IPv6, else IPv4.
@@ -67,10 +66,26 @@ pub struct Headers {
     pub tcp: bool,
     /// Where the IP header starts.
     pub l3: u16,
-    /// Where the TCP or UDP header starts; options and extension headers of IP are before it.
+    /// Where the TCP or UDP header starts. Options of IPv4 are before it, or extension headers of
+    /// IPv6, but no routing header: with one, the checksum is not over the header's address.
     pub l4: u16,
     /// Where the payload starts.
     pub end: u16,
+}
+
+impl Headers {
+    /// Whether they can be what they are said to be, in a packet whose first buffer has `first`
+    /// bytes of content.
+    #[must_use]
+    pub fn are_sound(&self, first: u16) -> bool {
+        let least_l3 = if self.ipv6 { 40 } else { 20 };
+        let least_l4 = if self.tcp { 20 } else { 8 };
+        self.l3 >= 14
+            && self.l4.checked_sub(self.l3).is_some_and(|bytes| bytes >= least_l3)
+            && self.end.checked_sub(self.l4).is_some_and(|bytes| bytes >= least_l4)
+            && self.end <= first
+            && usize::from(self.end) <= MAX_HEADERS
+    }
 }
 
 /// What is left to do for a packet.
