@@ -4,6 +4,8 @@ use crate::suite::qemu_tests;
 
 /// Name of the environment variable with the number of crashes.
 pub const KILLS: &str = "AXOLOTL_KILLS";
+/// Name of the environment variable with the number of boots.
+pub const BOOTS: &str = "AXOLOTL_BOOTS";
 /// Name of the environment variable with the number of hostile calls.
 pub const CALLS: &str = "AXOLOTL_CALLS";
 
@@ -43,6 +45,28 @@ pub fn disk_soak(controller: Controller, kills: u32) -> miette::Result<()> {
         Controller::VirtioBlk => ("disktest-virtio", "no_write_is_lost_on_virtio_blk"),
     };
     dose(system, name, KILLS, kills.into())
+}
+
+/// Kills the domains of network card and disk at random, `kills` times in all, under Debian's own
+/// load: fio with checksums, streams, transfers.
+///
+/// # Errors
+/// The test fails; it says which promise was broken.
+pub fn linux_soak(kills: u32, restart: bool) -> miette::Result<()> {
+    let name = if restart {
+        "debian_does_not_notice_restarts_of_its_drivers"
+    } else {
+        "debian_does_not_notice_deaths_of_its_drivers"
+    };
+    dose("linux-bench", name, KILLS, kills.into())
+}
+
+/// Boots Debian `boots` times, in all ways that it can be started and ended.
+///
+/// # Errors
+/// The test fails; it says which promise was broken.
+pub fn boot_soak(boots: u32) -> miette::Result<()> {
+    dose("linux-bench", "debian_boots_and_ends_in_every_way", BOOTS, boots.into())
 }
 
 /// Lets the self-test domain make `calls` hostile calls while the demo guest keeps answering.

@@ -87,6 +87,22 @@ enum Xtask {
         #[arg(long, default_value_t = 2000)]
         kills: u32,
     },
+    /// Kills the drivers of network card and disk at random while an unmodified Debian runs fio
+    /// with checksums, streams and transfers.
+    LinuxSoak {
+        /// How often, both together.
+        #[arg(long, default_value_t = 500)]
+        kills: u32,
+        /// Restarts them by the toolstack instead.
+        #[arg(long)]
+        restart: bool,
+    },
+    /// Boots Debian again and again, with other kernels and processors, and ends it in all ways.
+    BootSoak {
+        /// How often.
+        #[arg(long, default_value_t = 20)]
+        boots: u32,
+    },
     /// Attacks the core with hostile calls while the demo guest keeps answering.
     Selftest {
         /// How many.
@@ -153,6 +169,8 @@ fn work(task: Xtask) -> miette::Result<()> {
         }
         Xtask::CrashSoak { kills, alternate } => doses::crash_soak(kills, alternate),
         Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
+        Xtask::LinuxSoak { kills, restart } => doses::linux_soak(kills, restart),
+        Xtask::BootSoak { boots } => doses::boot_soak(boots),
         Xtask::Selftest { calls } => doses::selftest(calls),
         Xtask::Sim { seeds } => sim::sim(seeds),
         Xtask::Bench { json, linux: false } => bench::bench(json),

@@ -39,14 +39,35 @@ pub fn why(mux: &Mux, name: &str) -> miette::Result<Why> {
     ask!(mux, Request::Why(name.into()), Why)
 }
 
+/// How a test ends a domain's incarnation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// By a fault, as `axl crash`.
+    Crash,
+    /// As `axl restart`.
+    Restart,
+}
+
 /// Makes a domain fault.
 ///
 /// # Errors
 /// The control domain does not answer, or refuses.
 pub fn crash(mux: &Mux, name: &str) -> miette::Result<()> {
-    match mux.request(Request::Crash(name.into())) {
+    end(mux, name, End::Crash)
+}
+
+/// Ends a domain's incarnation; the next one begins by itself.
+///
+/// # Errors
+/// The control domain does not answer, or refuses.
+pub fn end(mux: &Mux, name: &str, how: End) -> miette::Result<()> {
+    let request = match how {
+        End::Crash => Request::Crash(name.into()),
+        End::Restart => Request::Restart(name.into()),
+    };
+    match mux.request(request) {
         Ok(Response::Done) => Ok(()),
-        Ok(other) => Err(miette!("`crash {name}` was answered by {other:?}")),
+        Ok(other) => Err(miette!("{how:?} of {name} was answered by {other:?}")),
         Err(error) => Err(miette!("the control domain does not answer: {error}")),
     }
 }

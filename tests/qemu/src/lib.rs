@@ -18,8 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use xtask::console::{Colour, Line, show};
 use xtask::disks::Place;
+use xtask::guest_shell::{self, Shell};
 use xtask::http::{self, Download};
 use xtask::machine::{Machine, wait_web};
+use xtask::platform::End;
 use xtask::qemu::{Options, Ports};
 use xtask::{build, platform, project};
 
@@ -84,6 +86,15 @@ impl Platform {
         server
     }
 
+    /// A shell in the guest behind the network card `nic`, once it answers.
+    #[must_use]
+    pub fn shell(&self, nic: usize, limit: Duration) -> Shell {
+        let mut forwards = self.machine.forwards.iter();
+        let found = forwards.find(|it| it.nic == nic && it.guest_port == guest_shell::PORT);
+        let address = found.expect("the system file forwards the shell's port").host;
+        Shell::connect(SocketAddr::V4(address), limit).unwrap_or_else(|error| panic!("{error}"))
+    }
+
     /// Runs `axl` with these arguments against this system.
     #[must_use]
     pub fn axl(&self, arguments: &[&str]) -> Output {
@@ -130,6 +141,11 @@ impl Platform {
 
     /// Kills a domain as fast as can be, and waits until its next incarnation runs.
     pub fn kill(&self, name: &str) {
+        self.end(name, End::Crash);
+    }
+
+    /// Ends a domain's incarnation as fast as can be, and waits until the next one runs.
+    pub fn end(&self, name: &str, how: End) {
         let mux = &self.machine.mux;
         let line = || {
             let lines = platform::list(mux).unwrap_or_else(|error| panic!("{error:?}"));
@@ -137,7 +153,7 @@ impl Platform {
             found.unwrap_or_else(|| panic!("no domain `{name}`"))
         };
         let before = line().incarnation;
-        platform::crash(mux, name).unwrap_or_else(|error| panic!("{error:?}"));
+        platform::end(mux, name, how).unwrap_or_else(|error| panic!("{error:?}"));
         let deadline = Instant::now() + RESTART;
         loop {
             let now = line();
