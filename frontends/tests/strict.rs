@@ -40,6 +40,7 @@ fn config() -> Config {
         fragment: 600,
         grants: GrantPolicy::PerRequest,
         split_events: false,
+        ..Config::default()
     }
 }
 

@@ -15,26 +15,35 @@
 //! The event loop, the card and the core's interfaces are left to the domain that uses this
 //! crate: everything is passed in, as traits of `domain-api` and `xenbus`.
 //!
-//! What is offered to frontends: copying receive, split event channels, packets in up to 18
-//! parts, checksums left to us for TCP and UDP. Not offered: segmentation, multicast filters,
-//! several queues.
+//! What is offered to frontends: copying receive, split event channels, several queues, packets in
+//! up to 18 parts, checksums of TCP and UDP left to us over IPv4 and IPv6, TCP packets longer than a
+//! frame over both (GSO), multicast filters. What of it a frontend uses follows from what it
+//! published, also when it published that to an earlier incarnation that offered less. What it
+//! takes in turn it gets: packets with a blank checksum and long packets of its neighbours as they
+//! are. For those who do not take them, guests or cards, they are finished and cut here. Not
+//! offered: hashes and the control ring that tells of them, XDP headroom.
+//!
+//! Multicast groups that a guest named are not kept over a restart: after one it gets all groups.
 
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+mod deliver;
 pub mod frame;
+pub mod groups;
 mod link;
 pub mod packet;
+mod parts;
 mod plane;
 mod pool;
 pub mod preserved;
+pub mod segment;
 pub mod switch;
 mod vif;
 
-use crate::plane::{MOST_WAITING, Plane};
-use crate::pool::Pool;
+use crate::plane::Plane;
 use crate::preserved::{Preserved, VifId};
 use crate::switch::Mac;
 use crate::vif::Vif;
@@ -59,23 +68,27 @@ const FRONTEND_TOKEN: &str = "netback-front/";
 /// Counters of one vif. "tx" is from the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct VifStats {
-    /// Frames taken from the guest.
+    /// Packets taken from the guest.
     pub tx_packets: u64,
     /// Their bytes.
     pub tx_bytes: u64,
-    /// Frames from the guest for the outside, dropped because the link is down.
+    /// Those of them that were longer than a frame.
+    pub tx_long: u64,
+    /// Packets from the guest for the outside, dropped because the link is down.
     pub tx_dropped: u64,
     /// Packets from the guest that were refused: malformed, bad grants.
     pub tx_errors: u64,
-    /// Frames from the guest with a source address that is not its own.
+    /// Packets from the guest with a source address that is not its own.
     pub tx_spoofed: u64,
-    /// Frames given to the guest.
+    /// Packets given to the guest.
     pub rx_packets: u64,
     /// Their bytes.
     pub rx_bytes: u64,
-    /// Frames dropped because the guest had posted no buffers for too long.
+    /// Packets longer than a frame, given or lost.
+    pub rx_long: u64,
+    /// Packets dropped because the guest had posted too few buffers for too long.
     pub rx_dropped: u64,
-    /// Frames lost because a buffer that the guest had posted could not be written.
+    /// Packets lost because a buffer that the guest had posted could not be written.
     pub rx_errors: u64,
 }
 
@@ -105,6 +118,8 @@ pub struct VifInfo {
     pub mac: Option<Mac>,
     /// Whether its rings are attached.
     pub connected: bool,
+    /// How many queues it has while they are.
+    pub queues: usize,
     /// Counters since this incarnation connected to it.
     pub stats: VifStats,
 }
@@ -115,22 +130,28 @@ pub struct Netback {
     preserved: Preserved,
     plane: Plane,
     vifs: BTreeMap<VifId, Vif>,
-    ports: BTreeMap<EventPort, usize>,
+    /// The vif's place and the number of the queue.
+    ports: BTreeMap<EventPort, (usize, usize)>,
+    /// Vifs in the store when we last looked.
+    listed: usize,
+    /// Connections so far.
+    links: u64,
 }
 
 impl Netback {
     /// A backend in the domain `own`, with the preserved pages as the last incarnation left
-    /// them: one, and two for each vif.
+    /// them; [`preserved::pages_for`] says how many.
     #[must_use]
     pub fn new(own: DomainId, preserved: Vec<Page>) -> Self {
         let preserved = Preserved::new(preserved);
-        let pool = Pool::new(MOST_WAITING * preserved.capacity());
         Self {
             own,
+            plane: Plane::new(preserved.capacity()),
             preserved,
-            plane: Plane::new(pool),
             vifs: BTreeMap::new(),
             ports: BTreeMap::new(),
+            listed: 0,
+            links: 0,
         }
     }
 
@@ -157,6 +178,7 @@ impl Netback {
         if let Some(vif) = event.token.strip_prefix(FRONTEND_TOKEN) {
             if let Some(id) = parse_vif(vif.split('/')) {
                 self.refresh(env, store, id)?;
+                self.refresh_groups(store, id)?;
             }
             return Ok(true);
         }
@@ -175,12 +197,12 @@ impl Netback {
 
     /// Takes an event channel's event. False: the port is not one of a vif's.
     pub fn event(&mut self, port: EventPort) -> bool {
-        let Some(&place) = self.ports.get(&port) else { return false };
+        let Some(&(place, number)) = self.ports.get(&port) else { return false };
         if let Some(Some(station)) = self.plane.stations.get_mut(place)
-            && let Some(link) = &mut station.link
+            && let Some(queue) = station.link.as_mut().and_then(|it| it.queues.get_mut(number))
         {
-            link.tx_ready |= port == link.tx_port;
-            link.rx_ready |= port == link.rx_port;
+            queue.tx_ready |= port == queue.tx_port;
+            queue.rx_ready |= port == queue.rx_port;
         }
         true
     }
@@ -221,6 +243,7 @@ impl Netback {
                 id,
                 mac: vif.mac,
                 connected: link.is_some(),
+                queues: link.map_or(0, |link| link.queues.len()),
                 stats: link.map(|link| link.stats).unwrap_or_default(),
             }
         })
@@ -242,6 +265,7 @@ impl Netback {
             self.remove(env, store, id);
         }
         self.preserved.retain(|id| ids.contains(&id));
+        self.listed = ids.len();
         for id in ids {
             self.refresh(env, store, id)?;
         }

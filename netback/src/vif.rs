@@ -5,13 +5,15 @@
 //! differs is only whether the rings are attached already. Every step is safe to repeat: our own
 //! writes come back to us as events.
 
-use crate::link::{Link, Published};
+use crate::groups::Groups;
+use crate::link::{Link, Published, PublishedQueue, Takes};
 use crate::plane::Station;
-use crate::preserved::VifId;
+use crate::preserved::{MAX_QUEUES, VifId};
 use crate::switch::{Addresses, Mac, Port, is_group};
 use crate::{Env, Netback, frontend_token};
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use domain_api::{Errno, EventPort};
 use xenbus::device::{self, Device, DeviceKind};
 use xenbus::{Nodes, Store, Takeover, XenbusState, takeover};
@@ -24,8 +26,21 @@ const LOG_PERIOD_NS: u64 = 10_000_000_000;
 
 /// Features, as Linux's netfront reads them before the backend's state is 2. What is not
 /// listed is not offered.
-const FEATURES: [(&str, &str); 3] =
-    [("feature-rx-copy", "1"), ("feature-rx-flip", "0"), ("feature-split-event-channels", "1")];
+const FEATURES: [(&str, &str); 9] = [
+    ("feature-rx-copy", "1"),
+    ("feature-rx-flip", "0"),
+    ("feature-split-event-channels", "1"),
+    ("feature-sg", "1"),
+    ("feature-gso-tcpv4", "1"),
+    ("feature-gso-tcpv6", "1"),
+    ("feature-ipv6-csum-offload", "1"),
+    ("feature-multicast-control", "1"),
+    ("feature-dynamic-multicast-control", "1"),
+];
+/// Besides them: how many queues a frontend may have.
+const MOST_QUEUES: &str = "multi-queue-max-queues";
+/// The frontend's wish for a multicast filter; it may change at any time.
+const FILTER: &str = "request-multicast-control";
 
 /// What is known of a vif.
 pub struct Vif {
@@ -153,11 +168,13 @@ impl Netback {
             addresses: Addresses::Exact,
             link: None,
         });
-        match store.watch(&format!("{frontend}/state"), &frontend_token(id)) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(errno) => {
-                self.plane.stations[place] = None;
-                return Err(errno);
+        for key in ["state", FILTER] {
+            match store.watch(&format!("{frontend}/{key}"), &frontend_token(id)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(errno) => {
+                    self.plane.stations[place] = None;
+                    return Err(errno);
+                }
             }
         }
         let vif = Vif {
@@ -180,8 +197,24 @@ impl Netback {
         let Some(vif) = self.vifs.remove(&id) else { return };
         self.plane.stations[vif.place] = None;
         // The watch may be gone with the connection; there is nothing left to end then.
-        let _ = store.unwatch(&format!("{}/state", vif.frontend), &frontend_token(id));
+        for key in ["state", FILTER] {
+            let _ = store.unwatch(&format!("{}/{key}", vif.frontend), &frontend_token(id));
+        }
         log::info!("{id}: removed");
+    }
+
+    /// Looks whether a connected frontend wants a multicast filter.
+    pub(crate) fn refresh_groups<S: Store>(
+        &mut self,
+        store: &mut S,
+        id: VifId,
+    ) -> Result<(), Errno> {
+        let Some(vif) = self.vifs.get(&id) else { return Ok(()) };
+        let station = self.plane.stations[vif.place].as_mut();
+        if let Some(link) = station.and_then(|station| station.link.as_mut()) {
+            link.groups.restrict(filters(store, &vif.frontend));
+        }
+        Ok(())
     }
 
     fn is_attached(&self, id: VifId) -> bool {
@@ -207,6 +240,8 @@ impl Netback {
         for (key, value) in FEATURES {
             store.write(&format!("{directory}/{key}"), value.as_bytes())?;
         }
+        let queues = self.preserved.queues(self.listed.max(1));
+        device::write(store, &directory, MOST_QUEUES, queues)?;
         vif.advertised = true;
         let error = error_node(id);
         if store.read_optional(&error)?.is_some() {
@@ -227,10 +262,14 @@ impl Netback {
         // Once connected, another round of advertising is a new one.
         vif.advertised = false;
         let (place, frontend, directory) = (vif.place, vif.frontend.clone(), vif.backend());
+        let takeover = backend == XenbusState::CONNECTED;
+        let groups = if takeover { Groups::lost() } else { Groups::new(filters(store, &frontend)) };
+        self.links += 1;
         let opened = read_own(store, &directory)
             .and_then(|own| Ok((own, read_published(store, &frontend)?)))
             .and_then(|(own, published)| {
-                let link = Link::attach(env, &mut self.preserved, id, published)?;
+                let preserved = &mut self.preserved;
+                let link = Link::attach(env, preserved, id, &published, groups, self.links)?;
                 Ok((own, link))
             });
         let ((mac, addresses), link) = match opened {
@@ -238,20 +277,22 @@ impl Netback {
             Err(message) => return self.give_up(env, store, id, &message),
         };
         if !self.plane.switch.pin(mac, Port::Vif(place)) {
-            link.detach(env, &mut self.plane.pool);
+            link.detach(env, self.plane.deliveries.pool());
             let message = format!("address {} is another vif's", text_of(mac));
             return self.give_up(env, store, id, &message);
         }
         self.plane.switch.attach(Port::Vif(place), addresses);
-        self.ports.insert(link.tx_port, place);
-        self.ports.insert(link.rx_port, place);
-        let replayed = link.tx.replayed() + link.rx.replayed();
+        for (number, queue) in link.queues.iter().enumerate() {
+            self.ports.insert(queue.tx_port, (place, number));
+            self.ports.insert(queue.rx_port, (place, number));
+        }
+        let (replayed, queues) = (link.replayed(), link.queues.len());
         if let Some(vif) = self.vifs.get_mut(&id) {
             vif.mac = Some(mac);
             if vif.may_log(env.now_ns()) {
-                let how =
-                    if backend == XenbusState::CONNECTED { "taken over" } else { "connected" };
-                log::info!("{id}: {how}, {}, {replayed} requests replayed", text_of(mac));
+                let how = if takeover { "taken over" } else { "connected" };
+                let mac = text_of(mac);
+                log::info!("{id}: {how}, {mac}, queues: {queues}, requests replayed: {replayed}");
             }
         }
         self.plane.stations[place] =
@@ -268,8 +309,8 @@ impl Netback {
             let place = vif.place;
             let station = self.plane.stations[place].as_mut();
             if let Some(link) = station.and_then(|station| station.link.take()) {
-                self.ports.retain(|_, other| *other != place);
-                let stats = link.detach(env, &mut self.plane.pool);
+                self.ports.retain(|_, other| other.0 != place);
+                let stats = link.detach(env, self.plane.deliveries.pool());
                 if vif.may_log(env.now_ns()) {
                     log::info!("{id}: disconnected, {stats:?}");
                 }
@@ -365,28 +406,66 @@ fn read_own<S: Nodes>(store: &mut S, directory: &str) -> Result<(Mac, Addresses)
     Ok((mac, addresses))
 }
 
+/// Whether the frontend wants a multicast filter.
+fn filters<S: Nodes>(store: &mut S, frontend: &str) -> bool {
+    device::has_feature(store, frontend, FILTER) == Ok(true)
+}
+
 /// What the frontend published.
 fn read_published<S: Nodes>(store: &mut S, frontend: &str) -> Result<Published, String> {
     let copying = device::has_feature(store, frontend, "request-rx-copy");
     if copying != Ok(true) {
         return Err("the frontend does not ask for copying receive (request-rx-copy)".to_string());
     }
+    let count = device::read_or(store, frontend, "multi-queue-num-queues", 1_u16)
+        .map_err(|errno| format!("the frontend's key `multi-queue-num-queues`: {errno}"))?;
+    if !(1..=MAX_QUEUES).contains(&count) {
+        return Err(format!("the frontend wants {count} queues"));
+    }
+    let mut queues = Vec::with_capacity(count.into());
+    for number in 0..count {
+        // One queue has its keys where they were before there could be several.
+        let directory =
+            if count == 1 { frontend.to_string() } else { format!("{frontend}/queue-{number}") };
+        queues.push(read_queue(store, &directory)?);
+    }
+    Ok(Published { queues, takes: read_takes(store, frontend) })
+}
+
+/// What the frontend published of a queue.
+fn read_queue<S: Nodes>(store: &mut S, directory: &str) -> Result<PublishedQueue, String> {
     let key =
         |name: &'static str| move |errno: Errno| format!("the frontend's key `{name}`: {errno}");
-    let tx_ring = device::read_grant(store, frontend, "tx-ring-ref").map_err(key("tx-ring-ref"))?;
-    let rx_ring = device::read_grant(store, frontend, "rx-ring-ref").map_err(key("rx-ring-ref"))?;
+    let tx_ring =
+        device::read_grant(store, directory, "tx-ring-ref").map_err(key("tx-ring-ref"))?;
+    let rx_ring =
+        device::read_grant(store, directory, "rx-ring-ref").map_err(key("rx-ring-ref"))?;
     let port = |store: &mut S, name: &'static str| -> Result<EventPort, String> {
-        device::read_port(store, frontend, name).map_err(key(name))
+        device::read_port(store, directory, name).map_err(key(name))
     };
     match port(store, "event-channel-tx") {
         Ok(tx_port) => {
             let rx_port = Some(port(store, "event-channel-rx")?);
-            Ok(Published { tx_ring, rx_ring, tx_port, rx_port })
+            Ok(PublishedQueue { tx_ring, rx_ring, tx_port, rx_port })
         }
         Err(_) => {
             let tx_port = port(store, "event-channel")?;
-            Ok(Published { tx_ring, rx_ring, tx_port, rx_port: None })
+            Ok(PublishedQueue { tx_ring, rx_ring, tx_port, rx_port: None })
         }
+    }
+}
+
+/// What the frontend takes. Blank checksums over IPv4 unless it says otherwise; a long packet has
+/// a blank checksum, and comes in several slots.
+fn read_takes<S: Nodes>(store: &mut S, frontend: &str) -> Takes {
+    let mut has = |key| device::has_feature(store, frontend, key) == Ok(true);
+    let (blank_v4, blank_v6) = (!has("feature-no-csum-offload"), has("feature-ipv6-csum-offload"));
+    let several = has("feature-sg");
+    Takes {
+        blank_v4,
+        blank_v6,
+        long_v4: blank_v4 && several && has("feature-gso-tcpv4"),
+        long_v6: blank_v6 && several && has("feature-gso-tcpv6"),
     }
 }
 

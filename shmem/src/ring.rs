@@ -340,6 +340,14 @@ impl<Req: Entry, Rsp: Entry> BackRing<Req, Rsp> {
         self.slots.arm(REQ_EVENT, self.taken, REQ_PROD)
     }
 
+    /// Asks for an event when there are more requests than those that [`Self::available`] counted
+    /// last. `true`: there are already, count again. For one who needs several at once and leaves
+    /// in the ring what is too few.
+    #[must_use = "what has arrived meanwhile brings no event"]
+    pub fn arm_for_more(&mut self) -> bool {
+        self.slots.arm(REQ_EVENT, self.known, REQ_PROD)
+    }
+
     /// Gives the table back, for another connection.
     #[must_use]
     pub fn into_table(self) -> InflightTable {

@@ -98,6 +98,16 @@ const _: () = assert!(size_of::<RxResponse>() == RX_SLOT);
 
 /// `ExtraInfo::kind`: segmentation offload.
 pub const EXTRA_GSO: u8 = 1;
+/// `ExtraInfo::kind`: a multicast group that the guest wants to hear, as [`McastInfo`].
+pub const EXTRA_MCAST_ADD: u8 = 2;
+/// `ExtraInfo::kind`: one that it no longer wants to hear, as [`McastInfo`].
+pub const EXTRA_MCAST_DEL: u8 = 3;
+/// `ExtraInfo::kind`: the packet's hash.
+pub const EXTRA_HASH: u8 = 4;
+/// `ExtraInfo::gso_type`: TCP over IPv4.
+pub const GSO_TCPV4: u8 = 1;
+/// `ExtraInfo::gso_type`: TCP over IPv6.
+pub const GSO_TCPV6: u8 = 2;
 /// `ExtraInfo::flags`: another one follows.
 pub const EXTRA_FLAG_MORE: u8 = 1;
 
@@ -119,3 +129,16 @@ pub struct ExtraInfo {
     pub gso_features: u16,
 }
 const _: () = assert!(size_of::<ExtraInfo>() == 8 && offset_of!(ExtraInfo, gso_type) == 4);
+
+/// `struct xen_netif_extra_info`, with the payload of a multicast one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct McastInfo {
+    /// [`EXTRA_MCAST_ADD`] or [`EXTRA_MCAST_DEL`].
+    pub kind: u8,
+    /// `EXTRA_FLAG_*`.
+    pub flags: u8,
+    /// The group's address.
+    pub address: [u8; 6],
+}
+const _: () = assert!(size_of::<McastInfo>() == 8 && offset_of!(McastInfo, address) == 2);

@@ -1,15 +1,18 @@
 //! The rings, pages and ports of one connection.
 
-use super::{Checksum, Config, Env, Error, Fault, GrantPolicy, Stats};
+use super::{Checksum, Config, Cutting, Env, Error, Fault, GrantPolicy, Mac, Received, Stats};
 use alloc::vec;
 use alloc::vec::Vec;
 use domain_api::{Access, DomainId, Errno, EventPort, GrantRef};
 use shmem::{Page, ring::FrontRing};
 use xen_abi::PAGE_SIZE;
 use xen_abi::netif::{
-    MAX_TX_SLOTS, RSP_OKAY, RXF_EXTRA_INFO, RXF_MORE_DATA, RxRequest, RxResponse, TXF_CSUM_BLANK,
-    TXF_MORE_DATA, TxRequest, TxResponse,
+    EXTRA_GSO, EXTRA_MCAST_ADD, EXTRA_MCAST_DEL, ExtraInfo, GSO_TCPV4, GSO_TCPV6, MAX_TX_SLOTS,
+    McastInfo, RSP_NULL, RSP_OKAY, RXF_CSUM_BLANK, RXF_DATA_VALIDATED, RXF_EXTRA_INFO,
+    RXF_MORE_DATA, RxRequest, RxResponse, TX_SLOT, TXF_CSUM_BLANK, TXF_EXTRA_INFO, TXF_MORE_DATA,
+    TxRequest, TxResponse,
 };
+use zerocopy::{FromBytes, IntoBytes};
 
 /// A page that the backend may use.
 #[derive(Debug)]
@@ -38,6 +41,8 @@ pub struct Channel {
     rx_buffers: Vec<Buffer>,
     /// Transmit buffers that no request names.
     tx_free: Vec<u16>,
+    /// For each slot of the transmit ring, whether an extra info is there.
+    extras: Vec<bool>,
     /// For each slot of the receive ring, the buffer posted there.
     posted: Vec<Option<u16>>,
     rings: [Granted; 2],
@@ -131,6 +136,7 @@ impl Channel {
         let tx_port = opening.port()?;
         let rx_port = if split { opening.port()? } else { tx_port };
         let posted = vec![None; rx.len() as usize];
+        let extras = vec![false; tx.len() as usize];
         Ok(Self {
             backend: opening.backend,
             config,
@@ -139,6 +145,7 @@ impl Channel {
             tx_buffers,
             rx_buffers,
             tx_free: (0..config.tx_buffers).rev().collect(),
+            extras,
             posted,
             rings: [
                 Granted { gref: tx_ref, _page: tx_page },
@@ -149,15 +156,10 @@ impl Channel {
         })
     }
 
-    /// Keys for the frontend's directory.
+    /// Keys for the queue's directory.
     pub fn keys(&self) -> Vec<(&'static str, u32)> {
-        let mut keys = vec![
-            ("tx-ring-ref", self.rings[0].gref.0),
-            ("rx-ring-ref", self.rings[1].gref.0),
-            ("request-rx-copy", 1),
-            ("feature-rx-notify", 1),
-            ("feature-sg", 1),
-        ];
+        let mut keys =
+            vec![("tx-ring-ref", self.rings[0].gref.0), ("rx-ring-ref", self.rings[1].gref.0)];
         if self.rx_port == self.tx_port {
             keys.push(("event-channel", self.tx_port.0));
         } else {
@@ -207,16 +209,17 @@ impl Channel {
         }
     }
 
-    /// Queues a frame.
+    /// Queues a packet.
     pub fn transmit<E: Env>(
         &mut self,
         env: &mut E,
-        frame: &[u8],
+        packet: &[u8],
         checksum: Checksum,
+        cutting: Option<Cutting>,
         stats: &mut Stats,
     ) -> Result<(), Error> {
-        self.make_room(env, stats)?;
-        let parts = frame.chunks(usize::from(self.config.fragment));
+        let parts = packet.chunks(self.fragment(packet.len()));
+        self.make_room(env, parts.len(), stats)?;
         let last = parts.len() - 1;
         let granted = self.grant_parts(env, parts.len())?;
         for (index, (part, (id, gref))) in parts.zip(granted).enumerate() {
@@ -226,12 +229,49 @@ impl Channel {
             if index == 0 && checksum == Checksum::Blank {
                 flags |= TXF_CSUM_BLANK;
             }
-            // The first slot's size is that of the whole frame.
-            let size = short(if index == 0 { frame.len() } else { part.len() });
+            if index == 0 && cutting.is_some() {
+                flags |= TXF_EXTRA_INFO;
+            }
+            // The first slot's size is that of the whole packet.
+            let size = short(if index == 0 { packet.len() } else { part.len() });
             self.tx.push(&TxRequest { gref, offset: 0, flags, id, size });
+            if let Some(cutting) = cutting.filter(|_| index == 0) {
+                self.push_extra(extra(cutting).as_bytes());
+            }
         }
         stats.tx_packets += 1;
-        stats.tx_bytes += frame.len() as u64;
+        stats.tx_bytes += packet.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes of a packet that go into one page; all of it where it would have too many parts.
+    fn fragment(&self, len: usize) -> usize {
+        let fragment = usize::from(self.config.fragment);
+        if len.div_ceil(fragment) > MAX_TX_SLOTS { PAGE_SIZE } else { fragment }
+    }
+
+    fn push_extra(&mut self, extra: &[u8]) {
+        let mut slot = [0; TX_SLOT];
+        slot[..extra.len()].copy_from_slice(extra);
+        let request = TxRequest::read_from_bytes(&slot).expect("a slot has the size of a request");
+        let index = self.tx.push(&request);
+        let slot = (index % self.tx.len()) as usize;
+        self.extras[slot] = true;
+    }
+
+    /// Queues a message to the backend: a multicast group is to be delivered, or no longer.
+    pub fn change_group<E: Env>(
+        &mut self,
+        env: &mut E,
+        address: Mac,
+        add: bool,
+        stats: &mut Stats,
+    ) -> Result<(), Error> {
+        self.make_room(env, 1, stats)?;
+        let (id, gref) = self.grant_part(env).ok_or(Error::Full)?;
+        self.tx.push(&TxRequest { gref, offset: 0, flags: TXF_EXTRA_INFO, id, size: 0 });
+        let kind = if add { EXTRA_MCAST_ADD } else { EXTRA_MCAST_DEL };
+        self.push_extra(McastInfo { kind, flags: 0, address }.as_bytes());
         Ok(())
     }
 
@@ -265,17 +305,24 @@ impl Channel {
         Some((id, gref))
     }
 
-    /// Makes sure that a frame of the greatest length finds buffers and slots.
-    pub fn make_room<E: Env>(&mut self, env: &mut E, stats: &mut Stats) -> Result<(), Error> {
-        let wanted = super::MAX_FRAME.div_ceil(usize::from(self.config.fragment));
-        if self.tx_free.len() >= wanted {
+    /// Makes sure that a packet of so many parts finds buffers and slots, and a frame of the
+    /// greatest length in any case.
+    pub fn make_room<E: Env>(
+        &mut self,
+        env: &mut E,
+        parts: usize,
+        stats: &mut Stats,
+    ) -> Result<(), Error> {
+        let frame = super::MAX_FRAME.div_ceil(usize::from(self.config.fragment));
+        let wanted = parts.max(frame);
+        if self.has_room(wanted) {
             return Ok(());
         }
         // What was queued must be on its way before anybody waits for it.
         self.publish(env, stats);
         loop {
             self.collect(env, stats)?;
-            if self.tx_free.len() >= wanted {
+            if self.has_room(wanted) {
                 return Ok(());
             }
             if !self.tx.arm() {
@@ -284,21 +331,31 @@ impl Channel {
         }
     }
 
+    /// Buffers for so many parts, and slots for them and an extra info.
+    fn has_room(&self, parts: usize) -> bool {
+        self.tx_free.len() >= parts && self.tx.free() as usize > parts
+    }
+
     /// Takes the backend's answers to what was sent.
     pub fn collect<E: Env>(&mut self, env: &mut E, stats: &mut Stats) -> Result<(), Error> {
-        while let Some(response) =
-            self.tx.take().map_err(|error| Error::Broken(Fault::Ring(error)))?
-        {
-            let id = response.id;
+        loop {
+            let slot = (self.tx.next_response() % self.tx.len()) as usize;
+            let taken = self.tx.take().map_err(|error| Error::Broken(Fault::Ring(error)))?;
+            let Some(TxResponse { id, status }) = taken else { return Ok(()) };
+            if core::mem::take(&mut self.extras[slot]) != (status == RSP_NULL) {
+                return Err(Error::Broken(Fault::TxStatus(status)));
+            }
+            if status == RSP_NULL {
+                continue;
+            }
             if !self.tx_buffers.get(usize::from(id)).is_some_and(|buffer| buffer.in_use) {
                 return Err(Error::Broken(Fault::TxId(id)));
             }
-            if response.status != RSP_OKAY {
+            if status != RSP_OKAY {
                 stats.tx_errors += 1;
             }
             self.retire(env, id)?;
         }
-        Ok(())
     }
 
     /// Frees a transmit buffer.
@@ -310,19 +367,19 @@ impl Channel {
         Ok(())
     }
 
-    /// Copies the next frame to `out`; its length.
+    /// Copies the next packet to `out`.
     pub fn receive<E: Env>(
         &mut self,
         env: &mut E,
         out: &mut [u8],
         stats: &mut Stats,
-    ) -> Result<Option<usize>, Error> {
+    ) -> Result<Option<Received>, Error> {
         loop {
             match self.receive_packet(env, out, stats)? {
-                Packet::Whole(len) => {
+                Packet::Whole(received) => {
                     stats.rx_packets += 1;
-                    stats.rx_bytes += len as u64;
-                    return Ok(Some(len));
+                    stats.rx_bytes += received.len as u64;
+                    return Ok(Some(received));
                 }
                 Packet::Failed => stats.rx_errors += 1,
                 Packet::None => {
@@ -341,29 +398,80 @@ impl Channel {
         out: &mut [u8],
         stats: &mut Stats,
     ) -> Result<Packet, Error> {
-        let mut len = 0;
+        let mut received: Option<Received> = None;
         let mut failed = false;
-        let mut first = true;
         loop {
             let index = self.rx.next_response();
-            let taken = self.rx.take().map_err(|error| Error::Broken(Fault::Ring(error)))?;
-            let Some(response) = taken else {
-                return if first { Ok(Packet::None) } else { Err(Error::Broken(Fault::RxChain)) };
+            let Some(response) = self.next_response()? else {
+                return match received {
+                    None => Ok(Packet::None),
+                    Some(_) => Err(Error::Broken(Fault::RxChain)),
+                };
             };
-            first = false;
-            let id = self.take_posted(env, index, &response)?;
-            match self.copy_part(id, &response, &mut out[len..])? {
-                Some(bytes) => len += bytes,
+            let first = received.is_none();
+            let packet = match &mut received {
+                Some(packet) => packet,
+                none => none.insert(self.judge(&response)?),
+            };
+            let id = self.take_posted(env, index, response.id)?;
+            match self.copy_part(id, &response, &mut out[packet.len..])? {
+                Some(bytes) => packet.len += bytes,
                 None => failed = true,
             }
             self.post(env, id);
+            if response.flags & RXF_EXTRA_INFO != 0 {
+                if !first {
+                    return Err(Error::Broken(Fault::RxFlags(response.flags)));
+                }
+                packet.cutting = Some(self.take_extra(env)?);
+            }
             if self.time_to_publish() {
                 self.publish_rx(env, stats);
             }
             if response.flags & RXF_MORE_DATA == 0 {
-                return Ok(if failed { Packet::Failed } else { Packet::Whole(len) });
+                return Ok(if failed { Packet::Failed } else { Packet::Whole(*packet) });
             }
         }
+    }
+
+    fn next_response(&mut self) -> Result<Option<RxResponse>, Error> {
+        self.rx.take().map_err(|error| Error::Broken(Fault::Ring(error)))
+    }
+
+    /// What the first answer says of the packet: only what we said that we take.
+    fn judge(&self, response: &RxResponse) -> Result<Received, Error> {
+        let blank = response.flags & RXF_CSUM_BLANK != 0;
+        let long = response.flags & RXF_EXTRA_INFO != 0;
+        if (blank && !self.config.takes_blank) || (long && !self.config.takes_long) {
+            return Err(Error::Broken(Fault::RxFlags(response.flags)));
+        }
+        Ok(Received {
+            len: 0,
+            queue: 0,
+            blank,
+            validated: response.flags & RXF_DATA_VALIDATED != 0,
+            cutting: None,
+        })
+    }
+
+    /// The extra info in the next answer, which has taken a posted buffer.
+    fn take_extra<E: Env>(&mut self, env: &mut E) -> Result<Cutting, Error> {
+        let index = self.rx.next_response();
+        let response = self.next_response()?.ok_or(Error::Broken(Fault::RxChain))?;
+        let slot = (index % self.rx.len()) as usize;
+        let posted = self.posted[slot].ok_or(Error::Broken(Fault::RxChain))?;
+        let id = self.take_posted(env, index, posted)?;
+        self.post(env, id);
+        let extra: ExtraInfo = zerocopy::transmute!(response);
+        let ipv6 = match (extra.kind, extra.flags, extra.gso_type) {
+            (EXTRA_GSO, 0, GSO_TCPV4) => false,
+            (EXTRA_GSO, 0, GSO_TCPV6) => true,
+            _ => return Err(Error::Broken(Fault::RxExtra(extra.kind))),
+        };
+        if extra.gso_size == 0 {
+            return Err(Error::Broken(Fault::RxExtra(extra.kind)));
+        }
+        Ok(Cutting { ipv6, mss: extra.gso_size })
     }
 
     /// Bytes copied; `None` when the backend reports an error.
@@ -373,9 +481,6 @@ impl Channel {
         response: &RxResponse,
         out: &mut [u8],
     ) -> Result<Option<usize>, Error> {
-        if response.flags & RXF_EXTRA_INFO != 0 {
-            return Err(Error::Broken(Fault::RxFlags(response.flags)));
-        }
         let Ok(len) = u16::try_from(response.status) else { return Ok(None) };
         let (offset, bytes) = (usize::from(response.offset), usize::from(len));
         if offset + bytes > PAGE_SIZE {
@@ -387,15 +492,9 @@ impl Channel {
     }
 
     /// The buffer that was posted in a slot, ours again.
-    fn take_posted<E: Env>(
-        &mut self,
-        env: &mut E,
-        index: u32,
-        response: &RxResponse,
-    ) -> Result<u16, Error> {
+    fn take_posted<E: Env>(&mut self, env: &mut E, index: u32, found: u16) -> Result<u16, Error> {
         let slot = (index % self.rx.len()) as usize;
         let expected = self.posted[slot].take();
-        let found = response.id;
         // `take` of the ring returns only answers to requests that were made.
         let expected = expected.ok_or(Error::Broken(Fault::TxId(found)))?;
         if expected != found {
@@ -431,7 +530,7 @@ impl Channel {
 }
 
 enum Packet {
-    Whole(usize),
+    Whole(Received),
     Failed,
     None,
 }
@@ -470,7 +569,18 @@ fn give_back<E: Env>(env: &mut E, granted: Granted, held: &mut Vec<Granted>) {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "a frame has at most MAX_FRAME bytes")]
+fn extra(cutting: Cutting) -> ExtraInfo {
+    ExtraInfo {
+        kind: EXTRA_GSO,
+        flags: 0,
+        gso_size: cutting.mss,
+        gso_type: if cutting.ipv6 { GSO_TCPV6 } else { GSO_TCPV4 },
+        pad: 0,
+        gso_features: 0,
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a packet has less than 64 KiB")]
 fn short(len: usize) -> u16 {
     len as u16
 }

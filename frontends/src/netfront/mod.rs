@@ -42,8 +42,10 @@ impl<T: Events + Granter> Env for T {}
 
 /// Longest frame that is sent: 14 bytes of header, 4 of VLAN tag, 1500 of payload.
 pub const MAX_FRAME: usize = domain_api::nic::MAX_FRAME;
-/// Longest frame that is received.
-const MAX_RECEIVED: usize = 65535;
+/// Longest packet that is sent or received.
+pub const MAX_PACKET: usize = domain_api::nic::MAX_PACKET;
+/// Most queues.
+const MAX_QUEUES: u16 = 8;
 const TOKEN: &str = "netfront/";
 
 /// An Ethernet address.
@@ -67,6 +69,30 @@ pub enum Checksum {
     Blank,
 }
 
+/// How a TCP packet that is longer than a frame is to be cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cutting {
+    /// It is over IPv6, else over IPv4.
+    pub ipv6: bool,
+    /// Bytes of payload of all frames but the last.
+    pub mss: u16,
+}
+
+/// What is known of a received packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Received {
+    /// Its bytes.
+    pub len: usize,
+    /// The queue it came by.
+    pub queue: usize,
+    /// Its checksum is blank: it was never on a wire.
+    pub blank: bool,
+    /// Its checksum was found right, or does not matter.
+    pub validated: bool,
+    /// How it would be cut into frames, if it is longer than one.
+    pub cutting: Option<Cutting>,
+}
+
 /// Sizes and policies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -81,6 +107,14 @@ pub struct Config {
     pub grants: GrantPolicy,
     /// Whether there are two event channels where the backend can have it so.
     pub split_events: bool,
+    /// Queues, 1 to 8, where the backend can have so many. Each has so many buffers.
+    pub queues: u16,
+    /// Whether packets with a blank checksum are taken.
+    pub takes_blank: bool,
+    /// Whether packets longer than a frame are taken; they have blank checksums.
+    pub takes_long: bool,
+    /// Whether only those multicast groups are to come that [`Netfront::change_group`] names.
+    pub filter: bool,
 }
 
 impl Default for Config {
@@ -91,6 +125,10 @@ impl Default for Config {
             fragment: 4096,
             grants: GrantPolicy::Keep,
             split_events: true,
+            queues: 1,
+            takes_blank: false,
+            takes_long: false,
+            filter: false,
         }
     }
 }
@@ -102,6 +140,9 @@ pub enum Fault {
     Ring(PeerError),
     /// An answer to a request that was never made, or was answered already.
     TxId(u16),
+    /// An answer with this status to another kind of slot: an extra info's to a request, or the
+    /// other way round.
+    TxStatus(i16),
     /// A receive answer with another id than the request in its slot has.
     RxId {
         /// The id of the request.
@@ -120,6 +161,8 @@ pub enum Fault {
     RxChain,
     /// A kind of answer that we did not ask for.
     RxFlags(u16),
+    /// An extra info of this kind that makes no sense.
+    RxExtra(u8),
     /// A page that the backend still held when it answered.
     StillGranted(GrantRef),
 }
@@ -129,6 +172,7 @@ impl fmt::Display for Fault {
         match self {
             Self::Ring(error) => write!(f, "{error}"),
             Self::TxId(id) => write!(f, "transmit answer for inactive request {id}"),
+            Self::TxStatus(status) => write!(f, "transmit answer with status {status}"),
             Self::RxId { expected, found } => {
                 write!(f, "receive answer {found} in the place of {expected}")
             }
@@ -137,6 +181,7 @@ impl fmt::Display for Fault {
             }
             Self::RxChain => write!(f, "received packet is cut"),
             Self::RxFlags(flags) => write!(f, "receive answer with flags {flags:#x}"),
+            Self::RxExtra(kind) => write!(f, "received extra info of kind {kind}"),
             Self::StillGranted(gref) => write!(f, "grant {} still in use", gref.0),
         }
     }
@@ -194,7 +239,10 @@ pub struct Netfront {
     config: Config,
     state: XenbusState,
     backend_state: XenbusState,
-    channel: Option<Channel>,
+    /// One for each queue, while connected.
+    channels: Vec<Channel>,
+    /// The channel to be looked at first for received packets.
+    turn: usize,
     /// Of earlier connections: pages that the backend still held when they ended.
     held: Vec<channel::Granted>,
     received: Vec<u8>,
@@ -223,6 +271,7 @@ impl Netfront {
             || usize::from(config.fragment) * xen_abi::netif::MAX_TX_SLOTS < MAX_FRAME
             || usize::from(config.fragment) > xen_abi::PAGE_SIZE
             || usize::from(config.tx_buffers) < MAX_FRAME.div_ceil(usize::from(config.fragment))
+            || !(1..=MAX_QUEUES).contains(&config.queues)
         {
             return Err(Errno::EINVAL);
         }
@@ -237,9 +286,10 @@ impl Netfront {
             config,
             state,
             backend_state: XenbusState::UNKNOWN,
-            channel: None,
+            channels: Vec::new(),
+            turn: 0,
             held: Vec::new(),
-            received: vec![0; MAX_RECEIVED],
+            received: vec![0; MAX_PACKET],
             #[cfg(feature = "smoltcp")]
             received_len: 0,
             fault: None,
@@ -262,7 +312,7 @@ impl Netfront {
     /// Whether frames can be sent and received.
     #[must_use]
     pub const fn is_connected(&self) -> bool {
-        self.channel.is_some() && self.fault.is_none()
+        !self.channels.is_empty() && self.fault.is_none()
     }
 
     /// `state` of our end.
@@ -292,7 +342,8 @@ impl Netfront {
     /// Requests that the backend has not answered: sent frames' parts, posted buffers.
     #[must_use]
     pub fn in_flight(&self) -> (u32, u32) {
-        self.channel.as_ref().map_or((0, 0), Channel::in_flight)
+        let all = self.channels.iter().map(Channel::in_flight);
+        all.fold((0, 0), |(tx, rx), (more_tx, more_rx)| (tx + more_tx, rx + more_rx))
     }
 
     /// Takes an event of the store. False: it belongs to somebody else.
@@ -358,7 +409,7 @@ impl Netfront {
     /// Takes an event channel's event. False: the port is not ours. Then receive until there is
     /// nothing left.
     pub fn event(&mut self, port: EventPort) -> bool {
-        self.channel.as_ref().is_some_and(|channel| channel.owns(port))
+        self.channels.iter().any(|channel| channel.owns(port))
     }
 
     /// Queues a frame; [`Self::flush`] tells the backend.
@@ -374,15 +425,57 @@ impl Netfront {
         if !(14..=MAX_FRAME).contains(&frame.len()) {
             return Err(Error::BadLength);
         }
-        let channel = live(&mut self.channel, self.fault)?;
-        let done = channel.transmit(env, frame, checksum, &mut self.stats);
+        self.transmit_packet(env, 0, frame, checksum, None)
+    }
+
+    /// How many queues there are while connected.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// Queues a packet of up to [`MAX_PACKET`] bytes in one of the queues; longer than a frame only
+    /// with the wish that it be cut, which is for a backend that offers that.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn transmit_packet<E: Env>(
+        &mut self,
+        env: &mut E,
+        queue: usize,
+        packet: &[u8],
+        checksum: Checksum,
+        cutting: Option<Cutting>,
+    ) -> Result<(), Error> {
+        let most = if cutting.is_some() { MAX_PACKET } else { MAX_FRAME };
+        let parts = packet.len().div_ceil(xen_abi::PAGE_SIZE);
+        if !(14..=most).contains(&packet.len()) || parts > usize::from(self.config.tx_buffers) {
+            return Err(Error::BadLength);
+        }
+        let channel = live(&mut self.channels, self.fault, queue)?;
+        let done = channel.transmit(env, packet, checksum, cutting, &mut self.stats);
+        self.check(done)
+    }
+
+    /// Names a multicast group that is to be delivered, or no longer.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn change_group<E: Env>(
+        &mut self,
+        env: &mut E,
+        group: Mac,
+        add: bool,
+    ) -> Result<(), Error> {
+        let channel = live(&mut self.channels, self.fault, 0)?;
+        let done = channel.change_group(env, group, add, &mut self.stats);
         self.check(done)
     }
 
     /// Whether a frame can be queued now. If not, an event follows when it can.
     pub fn can_transmit<E: Env>(&mut self, env: &mut E) -> bool {
-        let Ok(channel) = live(&mut self.channel, self.fault) else { return false };
-        let done = channel.make_room(env, &mut self.stats);
+        let Ok(channel) = live(&mut self.channels, self.fault, 0) else { return false };
+        let done = channel.make_room(env, 1, &mut self.stats);
         self.check(done).is_ok()
     }
 
@@ -396,8 +489,20 @@ impl Netfront {
         env: &mut E,
         work: impl FnOnce(&[u8]) -> R,
     ) -> Result<Option<R>, Error> {
-        let len = self.receive_frame(env)?;
-        Ok(len.map(|len| work(&self.received[..len])))
+        self.receive_packet(env, |packet, _| work(packet))
+    }
+
+    /// As [`Self::receive`], with what is known of the packet.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn receive_packet<E: Env, R>(
+        &mut self,
+        env: &mut E,
+        work: impl FnOnce(&[u8], Received) -> R,
+    ) -> Result<Option<R>, Error> {
+        let received = self.receive_frame(env)?;
+        Ok(received.map(|it| work(&self.received[..it.len], it)))
     }
 
     /// Shows the backend what was queued and posted, and takes its answers. To be called after
@@ -406,16 +511,27 @@ impl Netfront {
     /// # Errors
     /// See [`Error`].
     pub fn flush<E: Env>(&mut self, env: &mut E) -> Result<(), Error> {
-        let channel = live(&mut self.channel, self.fault)?;
-        channel.publish(env, &mut self.stats);
-        let done = channel.collect(env, &mut self.stats);
+        live(&mut self.channels, self.fault, 0)?;
+        let mut done = Ok(());
+        for channel in &mut self.channels {
+            channel.publish(env, &mut self.stats);
+            done = done.and(channel.collect(env, &mut self.stats));
+        }
         self.check(done)
     }
 
-    fn receive_frame<E: Env>(&mut self, env: &mut E) -> Result<Option<usize>, Error> {
-        let channel = live(&mut self.channel, self.fault)?;
-        let done = channel.receive(env, &mut self.received, &mut self.stats);
-        self.check(done)
+    fn receive_frame<E: Env>(&mut self, env: &mut E) -> Result<Option<Received>, Error> {
+        let count = self.channels.len().max(1);
+        for step in 0..count {
+            let queue = (self.turn + step) % count;
+            let channel = live(&mut self.channels, self.fault, queue)?;
+            let done = channel.receive(env, &mut self.received, &mut self.stats);
+            if let Some(received) = self.check(done)? {
+                self.turn = queue;
+                return Ok(Some(Received { queue, ..received }));
+            }
+        }
+        Ok(None)
     }
 
     /// Keeps the first fault.
@@ -437,23 +553,36 @@ impl Netfront {
         }
         let split = self.config.split_events
             && device::has_feature(store, &backend, "feature-split-event-channels")?;
-        let mut channel =
-            Channel::open(env, self.device.backend, self.config, split, &mut self.held)?;
+        let most = device::read_or(store, &backend, "multi-queue-max-queues", 1_u16).unwrap_or(1);
+        let count = self.config.queues.min(most.max(1));
+        let opened = self.open_channels(env, count, split);
         let directory = self.device.frontend_path();
-        let keys = channel.keys();
-        let written = store.transaction(|nodes| write_keys(nodes, &directory, &keys));
+        let written = opened.and_then(|()| {
+            let (channels, config) = (&self.channels, self.config);
+            store.transaction(|nodes| write_keys(nodes, &directory, channels, config))
+        });
         if let Err(errno) = written {
-            channel.close(env, &mut self.held);
+            self.disconnect(env);
             return Err(errno);
         }
-        channel.publish(env, &mut self.stats);
-        self.channel = Some(channel);
+        for channel in &mut self.channels {
+            channel.publish(env, &mut self.stats);
+        }
         self.fault = None;
         self.switch(store, XenbusState::CONNECTED)
     }
 
+    fn open_channels<E: Env>(&mut self, env: &mut E, count: u16, split: bool) -> Result<(), Errno> {
+        for _ in 0..count {
+            let backend = self.device.backend;
+            let channel = Channel::open(env, backend, self.config, split, &mut self.held)?;
+            self.channels.push(channel);
+        }
+        Ok(())
+    }
+
     fn disconnect<E: Env>(&mut self, env: &mut E) {
-        if let Some(channel) = self.channel.take() {
+        for channel in self.channels.drain(..) {
             channel.close(env, &mut self.held);
         }
         self.release_held(env);
@@ -477,8 +606,12 @@ impl Netfront {
     }
 }
 
-fn live(channel: &mut Option<Channel>, fault: Option<Fault>) -> Result<&mut Channel, Error> {
-    match (channel, fault) {
+fn live(
+    channels: &mut [Channel],
+    fault: Option<Fault>,
+    queue: usize,
+) -> Result<&mut Channel, Error> {
+    match (channels.get_mut(queue), fault) {
         (_, Some(fault)) => Err(Error::Broken(fault)),
         (Some(channel), None) => Ok(channel),
         (None, None) => Err(Error::NotConnected),
@@ -488,17 +621,39 @@ fn live(channel: &mut Option<Channel>, fault: Option<Fault>) -> Result<&mut Chan
 fn write_keys(
     nodes: &mut dyn Nodes,
     directory: &str,
-    keys: &[(&'static str, u32)],
+    channels: &[Channel],
+    config: Config,
 ) -> Result<(), Errno> {
-    for old in ["event-channel", "event-channel-tx", "event-channel-rx"] {
-        if nodes.read_optional(&format!("{directory}/{old}"))?.is_some() {
-            nodes.rm(&format!("{directory}/{old}"))?;
+    for (number, channel) in channels.iter().enumerate() {
+        // One queue has its keys where they were before there could be several.
+        let queue = if channels.len() == 1 {
+            directory.into()
+        } else {
+            format!("{directory}/queue-{number}")
+        };
+        for old in ["event-channel", "event-channel-tx", "event-channel-rx"] {
+            if nodes.read_optional(&format!("{queue}/{old}"))?.is_some() {
+                nodes.rm(&format!("{queue}/{old}"))?;
+            }
+        }
+        for (key, value) in channel.keys() {
+            device::write(nodes, &queue, key, value)?;
         }
     }
-    for &(key, value) in keys {
-        device::write(nodes, directory, key, value)?;
+    let flags = [
+        ("request-rx-copy", true),
+        ("feature-rx-notify", true),
+        ("feature-sg", true),
+        ("feature-no-csum-offload", !config.takes_blank),
+        ("feature-ipv6-csum-offload", config.takes_blank),
+        ("feature-gso-tcpv4", config.takes_long),
+        ("feature-gso-tcpv6", config.takes_long),
+        ("request-multicast-control", config.filter),
+    ];
+    for (key, is_set) in flags {
+        device::write(nodes, directory, key, u32::from(is_set))?;
     }
-    Ok(())
+    device::write(nodes, directory, "multi-queue-num-queues", channels.len())
 }
 
 fn parse_mac(text: &str) -> Option<Mac> {

@@ -39,9 +39,9 @@ impl<E: Env> phy::Device for Phy<'_, E> {
         if !self.front.can_transmit(self.env) {
             return None;
         }
-        self.front.received_len = self.front.receive_frame(self.env).ok()??;
-        let Netfront { received, received_len, channel, stats, fault, .. } = &mut *self.front;
-        let slot = TxSlot { channel: channel.as_mut(), stats, fault, env: self.env };
+        self.front.received_len = self.front.receive_frame(self.env).ok()??.len;
+        let Netfront { received, received_len, channels, stats, fault, .. } = &mut *self.front;
+        let slot = TxSlot { channel: channels.first_mut(), stats, fault, env: self.env };
         Some((RxFrame(&received[..*received_len]), slot))
     }
 
@@ -49,8 +49,8 @@ impl<E: Env> phy::Device for Phy<'_, E> {
         if !self.front.can_transmit(self.env) {
             return None;
         }
-        let Netfront { channel, stats, fault, .. } = &mut *self.front;
-        Some(TxSlot { channel: channel.as_mut(), stats, fault, env: self.env })
+        let Netfront { channels, stats, fault, .. } = &mut *self.front;
+        Some(TxSlot { channel: channels.first_mut(), stats, fault, env: self.env })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -75,7 +75,7 @@ impl<E: Env> phy::TxToken for TxSlot<'_, E> {
         let result = work(frame);
         if let Some(channel) = self.channel
             && let Err(super::Error::Broken(found)) =
-                channel.transmit(self.env, frame, Checksum::Complete, self.stats)
+                channel.transmit(self.env, frame, Checksum::Complete, None, self.stats)
         {
             self.fault.get_or_insert(found);
         }

@@ -4,14 +4,15 @@
 //! a lost wake-up shows as a frame that never arrives. The backend can be killed before or after
 //! any call that it makes to the core or to the card.
 
+use crate::wire::{self, Shape};
 use domain_api::fake::{Domain, World};
-use domain_api::nic::{self, Buffer, MAX_FRAME, Nic, Offload, Offloads, Received};
+use domain_api::nic::{Buffer, Checksum, MAX_FRAME, MAX_PACKET, Nic, Offload, Offloads, Received};
 use domain_api::{
     Access, Clock, DomainId, Errno, EventPort, Events, GrantCopy, GrantRef, GrantStatus, Grants,
     MappedGrant, Page,
 };
-use frontends::netfront::{Checksum, Config, Error, Netfront};
-use netback::preserved::VifId;
+use frontends::netfront::{self, Config, Cutting, Error, Netfront};
+use netback::preserved::{VifId, pages_for};
 use netback::{Netback, Progress, VifInfo};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -117,31 +118,53 @@ impl Clock for Env {
 pub struct Outside {
     /// Frames that left.
     pub sent: Vec<Vec<u8>>,
-    /// Frames that will arrive.
-    pub arriving: VecDeque<Vec<u8>>,
+    /// Frames that will arrive, and what the card finds out about their checksums.
+    pub arriving: VecDeque<(Vec<u8>, Checksum)>,
     /// The card keeps its transmit buffers.
     pub stuck: bool,
     pub link_down: bool,
+    /// What the card of the next life can do.
+    pub offloads: Offloads,
+    /// Packets that the card was asked to do something for.
+    pub offloaded: usize,
 }
+
+/// All that a card can do.
+pub const OFFLOADS: Offloads =
+    Offloads { checksum_v4: true, checksum_v6: true, segment_v4: true, segment_v6: true };
+
+/// Transmit buffers of a card that cuts, which has to have them for a packet of any length.
+const CUTTING_BUFFERS: u16 = 48;
+/// Where transmit buffers start in their page, and their bytes.
+const TX_OFFSET: u16 = 64;
+const TX_ROOM: u16 = 1700;
 
 pub struct FakeNic {
     outside: Rc<RefCell<Outside>>,
     fuse: Fuse,
+    offloads: Offloads,
     pages: Vec<Page>,
     tx_free: Vec<u16>,
-    queued: Vec<Buffer>,
+    queued: Vec<(Vec<Buffer>, Offload)>,
+    /// Buffers that somebody did not get.
+    short: usize,
     rx_free: Vec<u16>,
 }
 
 impl FakeNic {
     fn new(outside: Rc<RefCell<Outside>>, fuse: Fuse) -> Self {
+        let offloads = outside.borrow().offloads;
+        let cuts = offloads.segment_v4 || offloads.segment_v6;
+        let buffers = if cuts { CUTTING_BUFFERS } else { NIC_BUFFERS };
         Self {
             outside,
             fuse,
-            pages: (0..NIC_BUFFERS).map(|_| Page::new_zeroed()).collect(),
-            tx_free: (0..NIC_BUFFERS).collect(),
+            offloads,
+            pages: (0..buffers).map(|_| Page::new_zeroed()).collect(),
+            tx_free: (0..buffers).collect(),
             queued: Vec::new(),
-            rx_free: (0..NIC_BUFFERS).collect(),
+            short: 0,
+            rx_free: (0..buffers).collect(),
         }
     }
 
@@ -150,18 +173,27 @@ impl FakeNic {
         Buffer { page: self.pages[usize::from(token)].clone(), offset, len, token }
     }
 
-    /// Sends what is queued. True when a buffer came free.
+    /// Sends what is queued. True when there are as many buffers again as somebody waits for.
     pub fn complete(&mut self) -> bool {
-        if self.outside.borrow().stuck || self.queued.is_empty() {
-            return false;
+        let stuck = self.outside.borrow().stuck;
+        let packets = if stuck { 0 } else { self.queued.len() };
+        for (packet, offload) in self.queued.drain(..packets) {
+            let mut bytes = Vec::new();
+            for buffer in packet {
+                let mut part = vec![0; usize::from(buffer.len)];
+                buffer.page.read(usize::from(buffer.offset), &mut part);
+                bytes.extend(part);
+                self.tx_free.push(buffer.token);
+            }
+            let mut outside = self.outside.borrow_mut();
+            outside.offloaded += usize::from(offload != Offload::Nothing);
+            outside.sent.extend(wire::card(&bytes, offload));
         }
-        for buffer in self.queued.drain(..) {
-            let mut frame = vec![0; usize::from(buffer.len)];
-            buffer.page.read(usize::from(buffer.offset), &mut frame);
-            self.outside.borrow_mut().sent.push(frame);
-            self.tx_free.push(buffer.token);
+        let wake = self.short > 0 && self.tx_free.len() >= self.short;
+        if wake {
+            self.short = 0;
         }
-        true
+        wake
     }
 
     fn has_work(&self) -> bool {
@@ -169,7 +201,8 @@ impl FakeNic {
     }
 
     pub fn lent(&self) -> usize {
-        usize::from(NIC_BUFFERS) * 2 - self.tx_free.len() - self.queued.len() - self.rx_free.len()
+        let queued: usize = self.queued.iter().map(|(packet, _)| packet.len()).sum();
+        self.pages.len() * 2 - self.tx_free.len() - queued - self.rx_free.len()
     }
 }
 
@@ -181,18 +214,36 @@ impl Nic for FakeNic {
         !self.outside.borrow().link_down
     }
     fn offloads(&self) -> Offloads {
-        Offloads::default()
+        self.offloads
     }
     fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
-        assert!(bytes <= MAX_FRAME);
-        let token = self.tx_free.pop();
-        buffers.extend(token.map(|it| self.buffer(it, 64, u16::try_from(MAX_FRAME).unwrap())));
-        token.is_some()
+        assert!((14..=MAX_PACKET).contains(&bytes));
+        let wanted = bytes.div_ceil(TX_ROOM.into());
+        let cuts = self.offloads.segment_v4 || self.offloads.segment_v6;
+        assert!(wanted == 1 || cuts, "nobody said that it has so many");
+        if self.tx_free.len() < wanted {
+            self.short = wanted;
+            return false;
+        }
+        let tokens = self.tx_free.split_off(self.tx_free.len() - wanted);
+        buffers.extend(tokens.into_iter().map(|token| self.buffer(token, TX_OFFSET, TX_ROOM)));
+        true
     }
     fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
         self.fuse.step();
-        assert_eq!((packet.len(), offload), (1, Offload::Nothing));
-        self.queued.extend(packet);
+        let packet: Vec<Buffer> = packet.collect();
+        let len: usize = packet.iter().map(|part| usize::from(part.len)).sum();
+        let asked = match offload {
+            Offload::Nothing => true,
+            Offload::Checksum(it) if it.ipv6 => self.offloads.checksum_v6,
+            Offload::Checksum(_) => self.offloads.checksum_v4,
+            Offload::Segment { headers, .. } if headers.ipv6 => self.offloads.segment_v6,
+            Offload::Segment { .. } => self.offloads.segment_v4,
+        };
+        assert!(asked, "{offload:?} was never offered");
+        assert!(len <= MAX_FRAME || matches!(offload, Offload::Segment { .. }));
+        assert!((14..=MAX_PACKET).contains(&len) && packet.iter().all(|part| part.len > 0));
+        self.queued.push((packet, offload));
     }
     fn cancel(&mut self, buffer: Buffer) {
         self.tx_free.push(buffer.token);
@@ -202,11 +253,11 @@ impl Nic for FakeNic {
     }
     fn receive(&mut self) -> Option<Received> {
         let token = *self.rx_free.last()?;
-        let frame = self.outside.borrow_mut().arriving.pop_front()?;
+        let (frame, checksum) = self.outside.borrow_mut().arriving.pop_front()?;
         self.rx_free.pop();
         self.pages[usize::from(token)].write(2048, &frame);
         let buffer = self.buffer(token, 2048, u16::try_from(frame.len()).unwrap());
-        Some(Received { buffer, checksum: nic::Checksum::Unknown })
+        Some(Received { buffer, checksum })
     }
     fn recycle(&mut self, buffer: Buffer) {
         self.fuse.step();
@@ -249,6 +300,14 @@ impl Back {
     }
 }
 
+/// A packet that a guest has to send.
+pub struct Packet {
+    pub bytes: Vec<u8>,
+    pub checksum: netfront::Checksum,
+    pub cutting: Option<Cutting>,
+    pub queue: usize,
+}
+
 pub struct Guest {
     pub id: DomainId,
     pub mac: [u8; 6],
@@ -257,8 +316,10 @@ pub struct Guest {
     pub front: Netfront,
     /// Frames received.
     pub inbox: Vec<Vec<u8>>,
-    /// Frames that still have to be sent.
-    pub outbox: VecDeque<(Vec<u8>, Checksum)>,
+    /// What is known of each of them.
+    pub known: Vec<netfront::Received>,
+    /// Packets that still have to be sent.
+    pub outbox: VecDeque<Packet>,
     /// Whether it takes what it receives.
     pub deaf: bool,
     /// Store events seen.
@@ -286,14 +347,18 @@ impl Guest {
 
     fn traffic(&mut self) {
         while !self.deaf {
-            match self.front.receive(&mut self.env, <[u8]>::to_vec) {
-                Ok(Some(frame)) => self.inbox.push(frame),
+            match self.front.receive_packet(&mut self.env, |it, known| (it.to_vec(), known)) {
+                Ok(Some((frame, known))) => {
+                    self.inbox.push(frame);
+                    self.known.push(known);
+                }
                 Ok(None) => break,
                 Err(error) => panic!("{}: {error}", self.id),
             }
         }
-        while let Some((frame, checksum)) = self.outbox.front() {
-            match self.front.transmit(&mut self.env, frame, *checksum) {
+        while let Some(Packet { bytes, checksum, cutting, queue }) = self.outbox.front() {
+            let queue = queue % self.front.queues();
+            match self.front.transmit_packet(&mut self.env, queue, bytes, *checksum, *cutting) {
                 Ok(()) => drop(self.outbox.pop_front()),
                 Err(Error::Full) => break,
                 Err(error) => panic!("{}: {error}", self.id),
@@ -303,12 +368,28 @@ impl Guest {
     }
 
     pub fn send(&mut self, frame: Vec<u8>) {
-        self.outbox.push_back((frame, Checksum::Complete));
-        self.awake = true;
+        self.push(frame, netfront::Checksum::Complete, None, 0);
     }
 
     pub fn send_blank(&mut self, frame: Vec<u8>) {
-        self.outbox.push_back((frame, Checksum::Blank));
+        self.push(frame, netfront::Checksum::Blank, None, 0);
+    }
+
+    /// Sends a TCP packet that is to be cut.
+    pub fn send_long(&mut self, destination: [u8; 6], shape: Shape, mss: u16) {
+        let bytes = shape.blank(destination, self.mac);
+        let cutting = Some(Cutting { ipv6: shape.ipv6, mss });
+        self.push(bytes, netfront::Checksum::Blank, cutting, 0);
+    }
+
+    pub fn push(
+        &mut self,
+        bytes: Vec<u8>,
+        checksum: netfront::Checksum,
+        cutting: Option<Cutting>,
+        queue: usize,
+    ) {
+        self.outbox.push_back(Packet { bytes, checksum, cutting, queue });
         self.awake = true;
     }
 
@@ -330,8 +411,13 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// A driver domain with room for `vifs`.
+    /// A driver domain with room for `vifs`, with a queue each.
     pub fn new(vifs: usize) -> Self {
+        Self::with(pages_for(vifs).0, Offloads::default())
+    }
+
+    /// A driver domain with so many preserved pages, and a card that can do so much.
+    pub fn with(pages: usize, offloads: Offloads) -> Self {
         let world = World::new();
         let store = LocalStore::new();
         let mut toolstack = store.client(TOOLSTACK);
@@ -340,8 +426,8 @@ impl Rig {
             world,
             store,
             toolstack,
-            outside: Rc::default(),
-            preserved: (0..=2 * vifs).map(|_| Page::new_zeroed()).collect(),
+            outside: Rc::new(RefCell::new(Outside { offloads, ..Outside::default() })),
+            preserved: (0..pages).map(|_| Page::new_zeroed()).collect(),
             fuse: Fuse::default(),
             back: None,
             guests: Vec::new(),
@@ -448,6 +534,7 @@ impl Rig {
             client,
             front,
             inbox: Vec::new(),
+            known: Vec::new(),
             outbox: VecDeque::new(),
             deaf: false,
             store_events: 0,
@@ -484,7 +571,11 @@ impl Rig {
     }
 
     pub fn arrive(&mut self, frame: Vec<u8>) {
-        self.outside.borrow_mut().arriving.push_back(frame);
+        self.arrive_with(frame, Checksum::Unknown);
+    }
+
+    pub fn arrive_with(&mut self, frame: Vec<u8>, checksum: Checksum) {
+        self.outside.borrow_mut().arriving.push_back((frame, checksum));
     }
 
     pub fn sent(&mut self) -> Vec<Vec<u8>> {
@@ -519,14 +610,15 @@ impl Rig {
         let mut mapper = self.world.domain(DRIVER);
         let mut rings = Vec::new();
         for guest in &mut self.guests {
-            let directory = format!("/local/domain/{}/device/vif/0", guest.id.0);
-            for (key, slot) in [("tx-ring-ref", 12), ("rx-ring-ref", 8)] {
-                let Ok(gref) = xenbus::device::read_grant(&mut self.toolstack, &directory, key)
-                else {
-                    continue;
-                };
-                let Ok(map) = mapper.map(guest.id, gref, Access::ReadWrite) else { continue };
-                rings.push((guest.id, gref, slot, map));
+            let vif = format!("/local/domain/{}/device/vif/0", guest.id.0);
+            let queues = (0..4).map(|queue| format!("{vif}/queue-{queue}"));
+            for directory in queues.chain([vif.clone()]) {
+                for (key, slot) in [("tx-ring-ref", 12), ("rx-ring-ref", 8)] {
+                    let read = xenbus::device::read_grant(&mut self.toolstack, &directory, key);
+                    let Ok(gref) = read else { continue };
+                    let Ok(map) = mapper.map(guest.id, gref, Access::ReadWrite) else { continue };
+                    rings.push((guest.id, gref, slot, map));
+                }
             }
         }
         for (id, gref, slot, map) in rings {

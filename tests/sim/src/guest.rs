@@ -43,13 +43,15 @@ pub struct NetHalf {
     front: Netfront,
     work: NetWork,
     waiting: Option<Vec<u8>>,
+    /// The queue for the next frame.
+    turn: usize,
 }
 
 impl NetHalf {
     /// Finds its interface.
     fn new(domain: &Domain, client: &mut Client<XenstoreRing>, work: NetWork) -> Self {
         let front = Netfront::new(client, domain.id(), 0, work.config);
-        Self { front: front.expect("its nodes are there"), work, waiting: None }
+        Self { front: front.expect("its nodes are there"), work, waiting: None, turn: 0 }
     }
 
     fn is_done(&self) -> bool {
@@ -76,7 +78,10 @@ impl NetHalf {
                     }
                 }
             };
-            match self.front.transmit(domain, &frame, Checksum::Complete) {
+            // Any queue will do: whoever gets a frame knows its number.
+            self.turn = (self.turn + 1) % self.front.queues();
+            let complete = Checksum::Complete;
+            match self.front.transmit_packet(domain, self.turn, &frame, complete, None) {
                 Ok(()) => {}
                 Err(Error::Full) => {
                     self.waiting = Some(frame);
@@ -108,7 +113,7 @@ impl NetHalf {
 
     /// Where it is, for messages.
     fn describe(&self) -> String {
-        let Self { front, work, waiting } = self;
+        let Self { front, work, waiting, .. } = self;
         let (state, backend, flight) = (front.state(), front.backend_state(), front.in_flight());
         let waits = waiting.is_some();
         format!("{state:?} {backend:?} in flight {flight:?} waits {waits} {:?}", work.links)

@@ -269,6 +269,8 @@ fn net_work(random: &mut Random, plan: &Plan, id: DomainId) -> NetWork {
             netfront::GrantPolicy::Keep
         },
         split_events: random.one_in(2),
+        queues: 1 + u16::try_from(random.below(3)).unwrap_or(0),
+        ..netfront::Config::default()
     };
     let others = (GUEST..GUEST + plan.guests).map(DomainId).filter(|&other| other != id);
     let peers = others.map(mac_of).chain([OUTSIDE]);
@@ -438,12 +440,15 @@ fn net_blueprint(
         strangers: guests.iter().copied().chain([liar_of(plan)]).map(mac_of).collect(),
     };
     Card::plug(world, bdf, NET, model.clone(), wire);
+    // For one queue of each vif, or for all of them.
+    let (least, most) = netback::preserved::pages_for(guests.len() + 1);
+    let pages = if random.one_in(2) { least } else { most };
     Blueprint {
         id: NET,
         name: "net",
         class: CLASS_DRIVER,
-        heap_pages: 260,
-        preserved_pages: 1 + 2 * u32::try_from(guests.len() + 1).unwrap_or(1),
+        heap_pages: 400,
+        preserved_pages: u32::try_from(pages).unwrap_or(0),
         device: Some(bdf),
         mortal: true,
         main: Rc::new(move |domain| net_main(&domain, &model)),
