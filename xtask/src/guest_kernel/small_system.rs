@@ -31,7 +31,7 @@ const MACHINE_MODULES: [&str; 2] = ["nvme", "e1000e"];
 const APPLETS: &str = "sh mount umount cat echo ls ps dmesg reboot halt sync uname nproc sleep free ip \
     ping ping6 wget nc dd mkdir rm cp mv head tail grep sed awk date udhcpc ifconfig route insmod \
     lsmod vi top kill md5sum sha256sum hexdump stty cttyhack setsid df mknod seq wc tr cut tee touch \
-    time timeout find true false test cmp blockdev expr";
+    time timeout find true false test cmp diff blockdev expr";
 
 /// Programs of the tools, and where the ramdisk has them.
 const PROGRAMS: [(&str, &str); 5] = [
