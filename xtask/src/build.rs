@@ -58,7 +58,10 @@ pub fn build(file: &Path) -> miette::Result<Built> {
             Program::Package(package) => {
                 elf::flatten_file(&compile(package, &display.bars[index + 1])?)?
             }
-            Program::Kernel(path) => guest_kernel::kernel(file, path)?,
+            Program::Kernel(path) => match guest_kernel::package_of_ours(file, path) {
+                Some(own) => guest_kernel::from_file(&compile(&own, &display.bars[index + 1])?)?,
+                None => guest_kernel::kernel(file, path)?,
+            },
             Program::Ramdisk(path) => guest_kernel::ramdisk(file, path)?,
         };
         compiled.check_image(index, &bytes).map_err(|error| Report::new(*error))?;

@@ -28,9 +28,22 @@ const TOOLS: &str = "-tools";
 /// # Errors
 /// There is no such file, or it is no kernel that can run.
 pub fn kernel(system: &Path, named: &str) -> miette::Result<Vec<u8>> {
-    let path = kernel_file(system, named)?;
-    let file = read(&path)?;
-    kernel_image::kernel(&file)
+    from_file(&kernel_file(system, named)?)
+}
+
+/// The package of this workspace that a system file names as a kernel, by its directory.
+#[must_use]
+pub fn package_of_ours(system: &Path, named: &str) -> Option<String> {
+    let dir = resolve(system, named).ok().filter(|path| path.join("Cargo.toml").is_file())?;
+    Some(dir.file_name()?.to_str()?.to_owned())
+}
+
+/// The flat image of a kernel in a file.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn from_file(path: &Path) -> miette::Result<Vec<u8>> {
+    kernel_image::kernel(&read(path)?)
         .into_diagnostic()
         .wrap_err_with(|| format!("{} cannot be a guest's kernel", path.display()))
 }

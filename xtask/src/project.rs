@@ -7,7 +7,7 @@ use std::process::Command;
 /// The target of everything that runs inside the machine.
 pub const TARGET: &str = "x86_64-unknown-none";
 /// The packages that are built for [`TARGET`].
-pub const FREESTANDING: [&str; 14] = [
+pub const FREESTANDING: [&str; 15] = [
     "hv-x86",
     "unikernel",
     "control-domain",
@@ -21,6 +21,7 @@ pub const FREESTANDING: [&str; 14] = [
     "demo-guest",
     "selftest",
     "pingpong",
+    "pvh",
     "blockbench",
 ];
 
