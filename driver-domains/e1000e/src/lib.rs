@@ -39,7 +39,7 @@
 //! # Trust
 //!
 //! The device is below this driver, yet nothing it says is used unchecked: a length outside of
-//! [`MIN_FRAME`]`..=`[`MAX_FRAME`], a frame in several pieces or an error bit means that the
+//! [`MIN_FRAME`](domain_api::nic::MIN_FRAME)`..=`[`MAX_FRAME`](domain_api::nic::MAX_FRAME), a frame in several pieces or an error bit means that the
 //! frame is dropped and counted. Descriptors are looked at only where they are owned by the
 //! device, and buffers are found by our own tables, never by an address read back. Buffers that come back
 //! from the layer above are checked against those tables in the same way.
@@ -65,7 +65,7 @@ mod tests;
 use alloc::vec::{Drain, Vec};
 use core::fmt;
 use domain_api::Registers;
-use domain_api::nic::{Buffer, MAX_FRAME, Nic, Offload, Offloads, Received};
+use domain_api::nic::{Buffer, Nic, Offload, Offloads, Received};
 use receive::Receiver;
 use registers as reg;
 use transmit::Transmitter;
@@ -73,8 +73,6 @@ use transmit::Transmitter;
 pub use start::StartError;
 pub use statistics::{Counters, Statistics};
 
-/// Smallest frame: an Ethernet header.
-pub const MIN_FRAME: usize = 14;
 /// MSI-X vector of both rings.
 pub const VECTOR_QUEUES: u32 = 0;
 /// MSI-X vector of everything else, that is, of the link.
@@ -231,8 +229,8 @@ impl<R: Registers> Nic for E1000e<R> {
     }
 
     fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
-        let counters = &mut self.statistics.counters;
-        self.transmitter.send(packet, offload, self.gigabit, counters);
+        let offers = self.offloads();
+        self.transmitter.send(packet, offload, offers, &mut self.statistics.counters);
     }
 
     fn cancel(&mut self, buffer: Buffer) {
@@ -251,9 +249,4 @@ impl<R: Registers> Nic for E1000e<R> {
     fn recycle(&mut self, buffer: Buffer) {
         self.receiver.recycle(&buffer, &mut self.statistics.counters);
     }
-}
-
-/// Whether `len` is a frame's.
-fn is_frame(len: usize) -> bool {
-    (MIN_FRAME..=MAX_FRAME).contains(&len)
 }

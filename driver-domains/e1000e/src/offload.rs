@@ -19,27 +19,8 @@
 //! segments of TCP. Their receiver puts them together to the one segment that the sender built, if
 //! it knows fragments; QEMU's user networking does for IPv4 and does not for IPv6.
 
-use crate::is_frame;
 use domain_api::Page;
-use domain_api::nic::{Headers, MAX_FRAME, MAX_HEADERS, MAX_PACKET, Offload};
-
-/// Whether the device can do `offload` for a packet of `bytes`, `first` of them in its first
-/// buffer.
-pub fn is_possible(offload: &Offload, first: u16, bytes: usize, can_segment: bool) -> bool {
-    match offload {
-        Offload::Nothing => is_frame(bytes),
-        Offload::Checksum(headers) => headers.are_sound(first) && is_frame(bytes),
-        Offload::Segment { headers, mss } => {
-            let end = usize::from(headers.end);
-            can_segment
-                && headers.tcp
-                && headers.are_sound(first)
-                && *mss != 0
-                && end + usize::from(*mss) <= MAX_FRAME
-                && (end + 1..=MAX_PACKET).contains(&bytes)
-        }
-    }
-}
+use domain_api::nic::{Headers, MAX_HEADERS};
 
 /// Prepares the headers at `at` in `page` as a prototype. False when they are not what `headers`
 /// says.

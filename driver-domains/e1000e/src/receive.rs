@@ -9,12 +9,12 @@
 //! filled but the device has not been told. `tail - next` never exceeds the number of buffers,
 //! which is below the number of slots, so head = tail always means empty.
 
+use crate::Counters;
 use crate::descriptor::{ERRORS, RING, Received, Ring, STATUS_EOP};
 use crate::registers as reg;
-use crate::{Counters, is_frame};
 use card_buffers::{Buffers, Holder, Shape};
 use core::sync::atomic::{Ordering, fence};
-use domain_api::nic::{self, Buffer, Checksum};
+use domain_api::nic::{self, Buffer, Checksum, is_frame};
 use domain_api::{Dma, Errno, Registers};
 
 /// Buffers for reception: 1.5 ms of full-sized frames at line rate.

@@ -2,11 +2,11 @@
 
 use crate::model::{Defect, Dialect, Faults, MAC, Model};
 use crate::receive::RECEIVE_BUFFERS;
+use crate::registers as reg;
 use crate::transmit::TRANSMIT_BUFFERS;
 use crate::{E1000e, Hang, PciId, StartError, TRANSMIT_TIMEOUT_NS, VECTOR_OTHER, VECTOR_QUEUES};
-use crate::{MIN_FRAME, registers as reg};
 use card_buffers::Holder;
-use domain_api::nic::{Buffer, MAX_FRAME, Nic, Offload};
+use domain_api::nic::{Buffer, MAX_FRAME, MIN_FRAME, Nic, Offload};
 use domain_api::packets::Shape;
 use domain_api::{Clock, Errno};
 use proptest::collection::vec;

@@ -11,11 +11,11 @@
 
 use crate::descriptor::{Context, EOP, RING, RS, Ring, command};
 use crate::registers as reg;
-use crate::{Counters, TRANSMIT_TIMEOUT_NS, is_frame, offload};
+use crate::{Counters, TRANSMIT_TIMEOUT_NS, offload};
 use alloc::vec::{Drain, Vec};
 use card_buffers::{Part, Shape, TransmitBuffers};
 use core::sync::atomic::{Ordering, fence};
-use domain_api::nic::{Buffer, MAX_PACKET, Offload};
+use domain_api::nic::{Buffer, MAX_PACKET, Offload, Offloads, is_frame};
 use domain_api::{Dma, Errno, Registers};
 
 /// Buffers for transmission: 120 frames, or 7 of the longest packets, which take 17 each; in both cases
@@ -144,18 +144,18 @@ impl Transmitter {
         counters.bad_buffers += u64::from(!self.buffers.cancel(buffer));
     }
 
-    /// Queues a packet. `can_segment` says whether the device may cut packets now.
+    /// Queues a packet. `offers` is what the device does at the moment.
     pub fn send(
         &mut self,
         mut packet: Drain<'_, Buffer>,
         offload: Offload,
-        can_segment: bool,
+        offers: Offloads,
         counters: &mut Counters,
     ) {
         if packet.len() == 1 && offload == Offload::Nothing {
             packet.next().into_iter().for_each(|buffer| self.send_frame(&buffer, counters));
         } else {
-            self.send_packet(packet, offload, can_segment, counters);
+            self.send_packet(packet, offload, offers, counters);
         }
     }
 
@@ -166,12 +166,12 @@ impl Transmitter {
         &mut self,
         packet: Drain<'_, Buffer>,
         offload: Offload,
-        can_segment: bool,
+        offers: Offloads,
         counters: &mut Counters,
     ) {
         if !self.buffers.take_packet(packet, &mut self.parts) {
             counters.bad_buffers += 1;
-        } else if self.prepare(&offload, can_segment) {
+        } else if self.prepare(&offload, offers) {
             self.send_parts(&offload);
             counters.queued += 1;
         } else {
@@ -198,11 +198,11 @@ impl Transmitter {
     }
 
     /// Checks the packet in `parts`, and prepares its headers. False when the device cannot do it.
-    fn prepare(&mut self, offload: &Offload, can_segment: bool) -> bool {
+    fn prepare(&mut self, offload: &Offload, offers: Offloads) -> bool {
         let [first, ..] = *self.parts else { return false };
         let bytes = self.parts.iter().map(|part| usize::from(part.len)).sum();
         self.buffers.are_filled(&self.parts)
-            && offload::is_possible(offload, first.len, bytes, can_segment)
+            && offload.is_possible(offers, first.len, bytes)
             && match offload {
                 Offload::Segment { headers, .. } => {
                     let (page, at) = self.buffers.buffers().content(first.index);

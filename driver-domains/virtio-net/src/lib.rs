@@ -2,8 +2,16 @@
 //!
 //! It owns the device's two queues and its buffers, and lends frames out through [`Nic`]. It
 //! leaves to others: the registers ([`Transport`]), PCI configuration, the routing of messages to
-//! events, and what frames mean. Offloads and more queues are not asked for; without the control
-//! queue the device passes on every frame, which is what a switch needs.
+//! events, and what frames mean. More queues are not asked for; without the control queue the device
+//! passes on every frame, which is what a switch needs.
+//!
+//! # Offloads
+//!
+//! Blank checksums and TCP packets to be cut are passed to the device as they are, with a header that
+//! says so, if it takes them. In QEMU that depends on the other end of its network: a tap device
+//! takes them, user networking does not, and the device offers nothing then. We take frames
+//! with blank checksums in turn, as senders in the same machine leave them, but none that are to be
+//! cut: frames are for guests whatever their frontends take.
 //!
 //! # Interrupts
 //!
@@ -23,23 +31,31 @@
 
 extern crate alloc;
 
-mod buffers;
+mod header;
 #[cfg(test)]
 mod tests;
+mod transmit;
 
 use alloc::vec::{Drain, Vec};
-use buffers::{Buffers, HEADER, Holder};
-use domain_api::nic::{Buffer, Checksum, MAX_FRAME, Nic, Offload, Offloads, Received};
+use card_buffers::{Buffers, Holder, Shape};
+use domain_api::nic::{Buffer, Checksum, Nic, Offload, Offloads, Received, is_frame};
 use domain_api::{Clock, Dma, Errno};
+use header::{HEADER, PLAIN};
+use transmit::Transmitter;
 use virtio::{DeviceStatus, DeviceType, EVENT_IDX, Hang, Queue, StartError, Transport};
 
 pub use virtio::Cause;
 
-/// Smallest frame: an Ethernet header.
-pub const MIN_FRAME: usize = 14;
 /// A frame that the device has not taken after this time is stuck.
 pub const TRANSMIT_TIMEOUT_NS: u64 = 2_000_000_000;
 
+/// The device finishes blank checksums (§5.1.3).
+const FEATURE_CSUM: u64 = 1 << 0;
+/// We take frames with blank checksums.
+const FEATURE_GUEST_CSUM: u64 = 1 << 1;
+/// The device cuts TCP over IPv4, over IPv6.
+const FEATURE_HOST_TSO4: u64 = 1 << 11;
+const FEATURE_HOST_TSO6: u64 = 1 << 12;
 /// The device has an address (§5.1.3).
 const FEATURE_MAC: u64 = 1 << 5;
 /// It says whether its link is up.
@@ -52,10 +68,9 @@ const STATUS_LINK_UP: u16 = 1;
 /// The queues.
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
-/// Most buffers of each.
+/// Most receive buffers.
 const MOST_BUFFERS: u16 = 256;
-/// Token of the first transmit buffer.
-const FIRST_TRANSMIT: u16 = 0x8000;
+const SHAPE: Shape = Shape::half_page(HEADER);
 
 /// What the driver counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -66,7 +81,9 @@ pub struct Counters {
     pub queued: u64,
     /// Frames dropped because of an impossible length.
     pub bad_lengths: u64,
-    /// Frames to send that were too short or too long.
+    /// Frames dropped because their header named a place outside of them.
+    pub bad_headers: u64,
+    /// Packets to send that were too short or too long, or that the device cannot do.
     pub refused: u64,
     /// Buffers that came back without having been lent.
     pub bad_buffers: u64,
@@ -77,19 +94,13 @@ pub struct Counters {
 pub struct VirtioNet<T> {
     transport: T,
     mac: [u8; 6],
-    has_status: bool,
+    features: u64,
     link: bool,
     receive: Queue,
     receive_buffers: Buffers,
-    transmit: Queue,
-    transmit_buffers: Buffers,
-    /// Transmit buffers that are free.
-    spare: Vec<u16>,
-    /// Somebody was refused a transmit buffer.
-    short: bool,
+    transmitter: Transmitter,
     counters: Counters,
-    /// Sent frames that came back, and what [`Self::check`] saw of them, and when.
-    sent: u64,
+    /// How many sent packets [`Self::check`] saw come back, and when.
     seen: u64,
     since_ns: u64,
 }
@@ -112,8 +123,7 @@ impl<T: Transport> VirtioNet<T> {
     ) -> Result<Self, StartError> {
         virtio::reset(&mut transport, DeviceType::Network, clock)?;
         master().map_err(StartError::BusMaster)?;
-        let wanted = FEATURE_MAC | FEATURE_STATUS | EVENT_IDX;
-        let features = virtio::negotiate(&mut transport, wanted)?;
+        let features = virtio::negotiate_by(&mut transport, wanted)?;
         let mac = station_address(&transport, features)?;
         let event_idx = features & EVENT_IDX != 0;
         let receive = Queue::new(&mut transport, dma, RECEIVE, 2, event_idx)?;
@@ -124,32 +134,23 @@ impl<T: Transport> VirtioNet<T> {
         {
             return Err(StartError::Interrupt);
         }
-        let count = |queue: &Queue| queue.size().min(MOST_BUFFERS);
-        let receive_buffers = Buffers::new(dma, 0, count(&receive));
-        let transmit_buffers = Buffers::new(dma, FIRST_TRANSMIT, count(&transmit));
-        let (receive_buffers, transmit_buffers) = (
-            receive_buffers.map_err(StartError::Memory)?,
-            transmit_buffers.map_err(StartError::Memory)?,
-        );
+        let count = receive.size().min(MOST_BUFFERS);
+        let receive_buffers = Buffers::new(dma, 0, count, SHAPE).map_err(StartError::Memory)?;
+        let transmitter = Transmitter::new(transmit, dma).map_err(StartError::Memory)?;
         let ready = transport.get_status() | DeviceStatus::DRIVER_OK;
         transport.set_status(ready);
         let mut device = Self {
             transport,
             mac,
-            has_status: features & FEATURE_STATUS != 0,
+            features,
             link: false,
             receive,
             receive_buffers,
-            spare: (0..transmit_buffers.count()).collect(),
-            transmit,
-            transmit_buffers,
-            short: false,
+            transmitter,
             counters: Counters::default(),
-            sent: 0,
             seen: 0,
             since_ns: clock.now_ns(),
         };
-        device.transmit.disarm();
         device.offer_all();
         device.refresh_link();
         Ok(device)
@@ -166,7 +167,9 @@ impl<T: Transport> VirtioNet<T> {
 
     /// Gives the device an empty buffer.
     fn offer(&mut self, index: u16) {
-        let part = self.receive_buffers.part(index, Buffers::room(), true);
+        let address = self.receive_buffers.headroom_address(index);
+        let len = u32::from(HEADER) + u32::from(SHAPE.room());
+        let part = virtio::Part { address, len, writable: true };
         if self.receive.add(index, [part].into_iter()) {
             self.receive_buffers.set(index, Holder::Device);
         }
@@ -180,7 +183,7 @@ impl<T: Transport> VirtioNet<T> {
 
     /// Reads the link's state; returns it when it changed.
     pub fn refresh_link(&mut self) -> Option<bool> {
-        let up = !self.has_status
+        let up = self.features & FEATURE_STATUS == 0
             || self
                 .transport
                 .read_config_space::<u16>(CONFIG_STATUS)
@@ -196,10 +199,7 @@ impl<T: Transport> VirtioNet<T> {
     /// it rather than wait.
     pub fn arm(&mut self) -> bool {
         let received = self.receive.arm();
-        if !self.short {
-            return received;
-        }
-        self.transmit.arm() || received
+        self.transmitter.arm() || received
     }
 
     /// Looks after the device now and then, say four times a second: the link's state in case
@@ -208,16 +208,16 @@ impl<T: Transport> VirtioNet<T> {
     /// # Errors
     /// The device hangs.
     pub fn check(&mut self, now_ns: u64) -> Result<Option<bool>, Hang> {
-        if self.receive.is_broken() || self.transmit.is_broken() {
+        if self.receive.is_broken() || self.transmitter.is_broken() {
             return Err(Hang::Broken);
         }
         if virtio::needs_reset(&self.transport) {
             return Err(Hang::NeedsReset);
         }
-        self.collect();
-        let idle = self.transmit.free() == self.transmit.size();
-        if idle || self.sent != self.seen || !self.link {
-            self.seen = self.sent;
+        self.transmitter.collect();
+        let sent = self.transmitter.sent();
+        if self.transmitter.is_idle() || sent != self.seen || !self.link {
+            self.seen = sent;
             self.since_ns = now_ns;
         } else if now_ns.saturating_sub(self.since_ns) > TRANSMIT_TIMEOUT_NS {
             return Err(Hang::Stuck(TRANSMIT_TIMEOUT_NS / 1_000_000_000));
@@ -231,34 +231,16 @@ impl<T: Transport> VirtioNet<T> {
         &self.counters
     }
 
-    /// Takes back the buffers of sent frames.
-    fn collect(&mut self) {
-        while let Some((index, _)) = self.transmit.take() {
-            self.sent += 1;
-            self.free_transmit(index);
+    /// What is known of a frame that arrived in buffer `index`. `None`: nothing can be made of it.
+    fn judge(&self, index: u16, len: u16) -> Option<Checksum> {
+        // Without the feature the device may leave anything there.
+        if self.features & FEATURE_GUEST_CSUM == 0 {
+            return Some(Checksum::Unknown);
         }
-    }
-
-    /// Queues a frame.
-    fn send(&mut self, buffer: &Buffer) {
-        let Some(index) = self.transmit_buffers.returned(buffer) else {
-            self.counters.bad_buffers += 1;
-            return;
-        };
-        let part = self.transmit_buffers.part(index, buffer.len, false);
-        // There is a descriptor for each buffer.
-        if is_frame(usize::from(buffer.len)) && self.transmit.add(index, [part].into_iter()) {
-            self.transmit_buffers.set(index, Holder::Device);
-            self.counters.queued += 1;
-        } else {
-            self.counters.refused += 1;
-            self.free_transmit(index);
-        }
-    }
-
-    fn free_transmit(&mut self, index: u16) {
-        self.transmit_buffers.set(index, Holder::Free);
-        self.spare.push(index);
+        let mut header = PLAIN;
+        self.receive_buffers.read_headroom(index, &mut header);
+        let (page, at) = self.receive_buffers.content(index);
+        header::incoming(&header, page, at, len.into())
     }
 }
 
@@ -272,40 +254,31 @@ impl<T: Transport> Nic for VirtioNet<T> {
     }
 
     fn offloads(&self) -> Offloads {
-        Offloads::default()
+        let has = |feature| self.features & feature != 0;
+        let segments = self.transmitter.can_hold_packets();
+        Offloads {
+            checksum_v4: has(FEATURE_CSUM),
+            checksum_v6: has(FEATURE_CSUM),
+            segment_v4: has(FEATURE_HOST_TSO4) && segments,
+            segment_v6: has(FEATURE_HOST_TSO6) && segments,
+        }
     }
 
     fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
-        if self.spare.is_empty() {
-            self.collect();
-        }
-        let index = if bytes <= MAX_FRAME { self.spare.pop() } else { None };
-        let was_short = core::mem::replace(&mut self.short, index.is_none());
-        if was_short && !self.short {
-            self.transmit.disarm();
-        }
-        buffers.extend(index.map(|it| self.transmit_buffers.lend(it, Buffers::room())));
-        index.is_some()
+        self.transmitter.lend(bytes, buffers)
     }
 
     fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
-        if packet.len() == 1 && offload == Offload::Nothing {
-            packet.for_each(|buffer| self.send(&buffer));
-        } else {
-            self.counters.refused += 1;
-            packet.for_each(|buffer| self.cancel(buffer));
-        }
+        let offers = self.offloads();
+        self.transmitter.send(packet, offload, offers, &mut self.counters);
     }
 
     fn cancel(&mut self, buffer: Buffer) {
-        match self.transmit_buffers.returned(&buffer) {
-            Some(index) => self.free_transmit(index),
-            None => self.counters.bad_buffers += 1,
-        }
+        self.transmitter.cancel(&buffer, &mut self.counters);
     }
 
     fn flush(&mut self) {
-        if self.transmit.publish() {
+        if self.transmitter.publish() {
             self.transport.notify(TRANSMIT);
         }
         self.publish_receive();
@@ -316,17 +289,18 @@ impl<T: Transport> Nic for VirtioNet<T> {
             let (index, written) = self.receive.take()?;
             let len =
                 written.checked_sub(u32::from(HEADER)).and_then(|len| u16::try_from(len).ok());
-            match len.filter(|len| is_frame(usize::from(*len))) {
-                Some(len) => {
-                    self.counters.received += 1;
-                    let buffer = self.receive_buffers.lend(index, len);
-                    return Some(Received { buffer, checksum: Checksum::Unknown });
-                }
-                None => {
-                    self.counters.bad_lengths += 1;
-                    self.offer(index);
-                }
-            }
+            let Some(len) = len.filter(|len| is_frame(usize::from(*len))) else {
+                self.counters.bad_lengths += 1;
+                self.offer(index);
+                continue;
+            };
+            let Some(checksum) = self.judge(index, len) else {
+                self.counters.bad_headers += 1;
+                self.offer(index);
+                continue;
+            };
+            self.counters.received += 1;
+            return Some(Received { buffer: self.receive_buffers.lend(index, len), checksum });
         }
     }
 
@@ -338,9 +312,11 @@ impl<T: Transport> Nic for VirtioNet<T> {
     }
 }
 
-/// Whether `len` is a frame's.
-fn is_frame(len: usize) -> bool {
-    (MIN_FRAME..=MAX_FRAME).contains(&len)
+/// What we want of a device: cutting is worth nothing without checksums (§5.1.3.1).
+fn wanted(offered: u64) -> u64 {
+    let always = FEATURE_MAC | FEATURE_STATUS | EVENT_IDX | FEATURE_CSUM | FEATURE_GUEST_CSUM;
+    let cutting = FEATURE_HOST_TSO4 | FEATURE_HOST_TSO6;
+    if offered & FEATURE_CSUM != 0 { always | cutting } else { always }
 }
 
 /// The device's address, or one that the driver makes up (§5.1.5): locally administered, and the

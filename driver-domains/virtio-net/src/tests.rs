@@ -1,10 +1,13 @@
 //! The driver against a wire behind the model's queues.
 
 use super::*;
+use domain_api::nic::MAX_FRAME;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::collections::VecDeque;
 use virtio::model::{Faults, Model};
+
+mod offload;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const ALL: u64 = FEATURE_MAC | FEATURE_STATUS | EVENT_IDX;

@@ -142,6 +142,18 @@ pub fn reset<T: Transport>(
 /// # Errors
 /// The device is too old, or refuses.
 pub fn negotiate<T: Transport>(transport: &mut T, wanted: u64) -> Result<u64, StartError> {
+    negotiate_by(transport, |_| wanted)
+}
+
+/// The same for features some of which are worthless without others: `choose` is told what the
+/// device offers, and returns what is wanted.
+///
+/// # Errors
+/// As above.
+pub fn negotiate_by<T: Transport>(
+    transport: &mut T,
+    choose: impl FnOnce(u64) -> u64,
+) -> Result<u64, StartError> {
     let mut status = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
     transport.set_status(DeviceStatus::ACKNOWLEDGE);
     transport.set_status(status);
@@ -150,7 +162,7 @@ pub fn negotiate<T: Transport>(transport: &mut T, wanted: u64) -> Result<u64, St
         return Err(StartError::Legacy);
     }
     // Bus addresses are what a device behind an IOMMU wants, and what any other wants too.
-    let features = offered & (wanted | VERSION_1 | ACCESS_PLATFORM);
+    let features = offered & (choose(offered) | VERSION_1 | ACCESS_PLATFORM);
     transport.write_driver_features(features);
     status |= DeviceStatus::FEATURES_OK;
     transport.set_status(status);

@@ -16,6 +16,8 @@
 use alloc::vec::{Drain, Vec};
 use shmem::Page;
 
+/// Bytes of an Ethernet frame, at least: its header. The card pads it.
+pub const MIN_FRAME: usize = 14;
 /// Bytes of an Ethernet frame without FCS, at most: 14 of header, 4 of VLAN tag, 1500 of payload.
 pub const MAX_FRAME: usize = 1518;
 /// Bytes of a packet that is to be cut into frames, with its headers, at most.
@@ -23,6 +25,12 @@ pub const MAX_PACKET: usize = 65_535;
 /// Bytes of all headers of a packet with something left to do, at most: cards store positions of
 /// headers in a byte. Ethernet with a VLAN tag, IPv4 and TCP with all options are 138.
 pub const MAX_HEADERS: usize = 240;
+
+/// Whether `bytes` can be a frame's.
+#[must_use]
+pub fn is_frame(bytes: usize) -> bool {
+    (MIN_FRAME..=MAX_FRAME).contains(&bytes)
+}
 
 /// Room for a frame or a part of a packet, or that part itself, in memory that the device may
 /// reach.
@@ -80,7 +88,7 @@ impl Headers {
     pub fn are_sound(&self, first: u16) -> bool {
         let least_l3 = if self.ipv6 { 40 } else { 20 };
         let least_l4 = if self.tcp { 20 } else { 8 };
-        self.l3 >= 14
+        usize::from(self.l3) >= MIN_FRAME
             && self.l4.checked_sub(self.l3).is_some_and(|bytes| bytes >= least_l3)
             && self.end.checked_sub(self.l4).is_some_and(|bytes| bytes >= least_l4)
             && self.end <= first
@@ -105,6 +113,31 @@ pub enum Offload {
         /// [`MAX_FRAME`].
         mss: u16,
     },
+}
+
+impl Offload {
+    /// Whether a card that does `offers` can do this for a packet of `bytes`, `first` of them in its
+    /// first buffer.
+    #[must_use]
+    pub fn is_possible(&self, offers: Offloads, first: u16, bytes: usize) -> bool {
+        match self {
+            Self::Nothing => is_frame(bytes),
+            Self::Checksum(headers) => {
+                let offered = if headers.ipv6 { offers.checksum_v6 } else { offers.checksum_v4 };
+                offered && headers.are_sound(first) && is_frame(bytes)
+            }
+            Self::Segment { headers, mss } => {
+                let offered = if headers.ipv6 { offers.segment_v6 } else { offers.segment_v4 };
+                let end = usize::from(headers.end);
+                offered
+                    && headers.tcp
+                    && headers.are_sound(first)
+                    && *mss != 0
+                    && end + usize::from(*mss) <= MAX_FRAME
+                    && (end + 1..=MAX_PACKET).contains(&bytes)
+            }
+        }
+    }
 }
 
 /// What is known of the checksum of TCP or UDP in a received frame.
