@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most bytes of a frame, without the zero byte that ends it.
 pub const MAX_FRAME: usize = 16_384;
 /// Most bytes of console in one response.

@@ -28,7 +28,7 @@ const MODULES: [&str; 4] = ["crc32c_generic", "ext4", "xen-blkfront", "xen-netfr
 const MACHINE_MODULES: [&str; 2] = ["nvme", "e1000e"];
 
 /// Programs of busybox that scripts and people expect by name.
-const APPLETS: &str = "sh mount umount cat echo ls ps dmesg reboot halt sync uname nproc sleep free ip \
+const APPLETS: &str = "sh mount umount cat echo ls ps dmesg sync uname nproc sleep free ip \
     ping ping6 wget nc dd mkdir rm cp mv head tail grep sed awk date udhcpc ifconfig route insmod \
     lsmod vi top kill md5sum sha256sum hexdump stty cttyhack setsid df mknod seq wc tr cut tee touch \
     time timeout find true false test cmp diff blockdev expr";
@@ -56,7 +56,7 @@ pub(super) fn make(kernel: &Path, kind: Kind) -> miette::Result<Vec<u8>> {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
     let off = |how: &str| format!("#!/bin/sh\nsync\nexec busybox {how} -f\n");
-    for how in ["poweroff", "reboot"] {
+    for how in ["poweroff", "reboot", "halt"] {
         archive.file(&format!("sbin/{how}"), 0o755, off(how).as_bytes());
     }
     archive.file("etc/udhcpc.sh", 0o755, DHCP.as_bytes());
