@@ -55,9 +55,8 @@ pub(super) fn make(kernel: &Path, kind: Kind) -> miette::Result<Vec<u8>> {
     for applet in APPLETS.split_whitespace() {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
-    let off = |how: &str| format!("#!/bin/sh\nsync\nexec busybox {how} -f\n");
-    for how in ["poweroff", "reboot", "halt"] {
-        archive.file(&format!("sbin/{how}"), 0o755, off(how).as_bytes());
+    for applet in ["poweroff", "reboot", "halt"] {
+        archive.link(&format!("sbin/{applet}"), "/bin/busybox");
     }
     archive.file("etc/udhcpc.sh", 0o755, DHCP.as_bytes());
     archive.file("init", 0o755, INIT.as_bytes());
