@@ -345,7 +345,7 @@ fn deaths_at_random_steps_of_large_workloads() {
     let mut kills = 0;
     for seed in 1..=12_u64 {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let (configs, card) = variants()[seed as usize % 3];
+        let (configs, card) = variants()[usize::try_from(seed).unwrap() % 3];
         let mut rig = guests_of(configs, card);
         let events = rig.guests.iter().map(|guest| guest.store_events).collect::<Vec<_>>();
         for round in 0..12 {

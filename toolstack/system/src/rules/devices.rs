@@ -8,8 +8,6 @@ use axolotl_abi::drivers::{self, DRIVERS, Service};
 use axolotl_abi::system::{Device, Dma, Role};
 use toml::Spanned;
 
-/// Preserved pages that a network backend uses besides those of its vifs, and for each vif.
-const NETWORK_PAGES: (u32, u32) = (1, 2);
 /// Least preserved pages that a network driver gets when the file does not say a number.
 const USUAL_PAGES: u32 = 16;
 /// Most preserved pages: the room in the address space is far larger, the use is not.
@@ -40,17 +38,19 @@ impl Served {
         }
     }
 
-    /// Preserved pages that a backend of these needs.
-    fn pages(self, service: Service) -> u32 {
+    /// Preserved pages that a backend of these needs, and those that are of use to it: a vif with
+    /// fewer has fewer queues.
+    fn pages(self, service: Service) -> (u32, u32) {
+        let number = |pages| u32::try_from(pages).unwrap_or(u32::MAX);
         match service {
             Service::Network => {
-                let (base, each) = NETWORK_PAGES;
-                base.saturating_add(each.saturating_mul(self.vifs))
+                let (least, all) = netback::preserved::pages_for(self.vifs as usize);
+                (number(least), number(all))
             }
             Service::Block => {
-                let pages =
-                    blkback::preserved::pages_for(self.disks as usize, self.images as usize);
-                u32::try_from(pages).unwrap_or(u32::MAX)
+                let (disks, images) = (self.disks as usize, self.images as usize);
+                let pages = number(blkback::preserved::pages_for(disks, images));
+                (pages, pages)
             }
         }
     }
@@ -103,14 +103,16 @@ impl Rules<'_> {
         driver: Option<Chosen>,
         served: Served,
     ) -> Checked<u32> {
-        let (network, block) = (served.pages(Service::Network), served.pages(Service::Block));
+        let (network, queues) = served.pages(Service::Network);
+        let (block, _) = served.pages(Service::Block);
+        let queues = queues.clamp(network, MAX_PRESERVED_PAGES.max(network));
         let (least, usual) = match driver {
             None => (0, 0),
             Some(Chosen::Known(driver)) if driver.service == Service::Block => (block, block),
-            Some(Chosen::Known(_)) => (network, network.max(USUAL_PAGES)),
+            Some(Chosen::Known(_)) => (network, queues.max(USUAL_PAGES)),
             // What is found out later can be of either kind.
             Some(Chosen::Found) if served.disks > 0 => (block, block),
-            Some(Chosen::Found) => (network, network.max(block)),
+            Some(Chosen::Found) => (network, queues.max(block)),
         };
         let Some(pages) = &d.preserved_pages else { return Ok(usual) };
         let (name, number) = (d.name.get_ref(), *pages.get_ref());
