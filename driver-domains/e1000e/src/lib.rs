@@ -87,11 +87,22 @@ pub struct PciId {
     pub vendor: u16,
     /// Device.
     pub device: u16,
+    /// Of the board: vendor in the lower half, number in the upper one.
+    pub subsystem: u32,
 }
 
 impl PciId {
-    /// Intel 82574L.
-    pub const I82574L: Self = Self { vendor: 0x8086, device: 0x10d3 };
+    /// Where in configuration space [`Self::subsystem`] is.
+    pub const SUBSYSTEM: u16 = 0x2c;
+
+    fn is_82574l(self) -> bool {
+        (self.vendor, self.device) == (0x8086, 0x10d3)
+    }
+
+    /// Whether it is QEMU's, which has the chip's vendor and no number; boards have one.
+    fn is_qemu(self) -> bool {
+        self.subsystem == 0x8086
+    }
 }
 
 /// What [`E1000e::service_other`] found.
@@ -131,6 +142,8 @@ pub struct E1000e<R> {
     link: bool,
     /// The link's speed is 1 Gb/s.
     gigabit: bool,
+    /// The device can be asked to cut packets over IPv6.
+    cuts_v6: bool,
     receiver: Receiver,
     transmitter: Transmitter,
     statistics: Statistics,
@@ -220,7 +233,7 @@ impl<R: Registers> Nic for E1000e<R> {
             checksum_v4: true,
             checksum_v6: true,
             segment_v4: self.gigabit,
-            segment_v6: self.gigabit,
+            segment_v6: self.gigabit && self.cuts_v6,
         }
     }
 

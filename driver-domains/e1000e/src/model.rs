@@ -109,7 +109,7 @@ pub struct Model(Rc<RefCell<State>>);
 
 impl Model {
     /// What its configuration space says.
-    pub const ID: PciId = PciId::I82574L;
+    pub const ID: PciId = PciId { vendor: 0x8086, device: 0x10d3, subsystem: 0xa01f_8086 };
 
     /// A controller after power-on, with its link up.
     #[must_use]

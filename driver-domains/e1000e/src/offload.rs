@@ -16,8 +16,11 @@
 //! frames, so positions and prepared sums do not matter to it. Where the other end of its network takes
 //! packets whole (a tap device), it passes them on so. Where not (user networking), it fills in
 //! the checksum of the whole and then, before QEMU 8.0, sends it as *fragments of IP* rather than as
-//! segments of TCP. Their receiver puts them together to the one segment that the sender built, if
-//! it knows fragments; QEMU's user networking does for IPv4 and does not for IPv6.
+//! segments of TCP. Over IPv4 their receiver, QEMU's user networking too, puts them together to the one
+//! segment that the sender built. Over IPv6 the pieces are no fragments either: all after the
+//! first begin with payload where the TCP header should be. The data arrive at last, as TCP sends
+//! again in single frames, but many times slower. So QEMU's device, which is known by its subsystem,
+//! is not asked to cut packets over IPv6.
 
 use domain_api::Page;
 use domain_api::nic::{Headers, MAX_HEADERS};

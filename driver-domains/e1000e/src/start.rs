@@ -84,7 +84,7 @@ impl<R: Registers> E1000e<R> {
         clock: &impl Clock,
         master: impl FnOnce() -> Result<(), Errno>,
     ) -> Result<Self, StartError> {
-        if id != PciId::I82574L {
+        if !id.is_82574l() {
             return Err(StartError::Unsupported(id));
         }
         reset(&mut registers, clock)?;
@@ -94,6 +94,7 @@ impl<R: Registers> E1000e<R> {
             mac,
             link: false,
             gigabit: false,
+            cuts_v6: !id.is_qemu(),
             receiver: Receiver::new(dma).map_err(StartError::Memory)?,
             transmitter: Transmitter::new(dma).map_err(StartError::Memory)?,
             statistics: Statistics::default(),

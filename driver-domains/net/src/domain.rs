@@ -41,7 +41,11 @@ fn start(domain: &Domain, device: &Device) -> Served {
     let other = device.bind_interrupt(VECTOR_OTHER).expect("MSI-X vector of the link");
     let _queues = device.bind_interrupt(VECTOR_QUEUES).expect("MSI-X vector of the rings");
     let begin_ns = domain.now_ns();
-    let id = PciId { vendor: device.info().vendor, device: device.info().device };
+    let id = PciId {
+        vendor: device.info().vendor,
+        device: device.info().device,
+        subsystem: device.config_read(PciId::SUBSYSTEM, 4).expect("configuration space"),
+    };
     let registers = device.bar(0).expect("registers behind BAR 0");
     let master = || net_domain::turn_on_bus_master(device);
     let nic = E1000e::start(id, registers, &mut device.dma(), domain, master)

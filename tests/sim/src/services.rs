@@ -63,7 +63,11 @@ pub fn net_main(domain: &Domain, model: &Model) {
     let mut device = domain.device();
     let other = device.bind_interrupt(VECTOR_OTHER).expect("MSI-X vector of the link");
     let _queues = device.bind_interrupt(VECTOR_QUEUES).expect("MSI-X vector of the rings");
-    let id = PciId { vendor: device.info().vendor, device: device.info().device };
+    let id = PciId {
+        vendor: device.info().vendor,
+        device: device.info().device,
+        subsystem: Model::ID.subsystem,
+    };
     let master = device.clone();
     let turn_on = || {
         master.turn_on()?;

@@ -146,6 +146,14 @@ fn a_context_is_written_when_it_changes() {
     assert_eq!(model.violations(), Vec::<String>::new());
 }
 
+#[test]
+fn qemu_is_not_asked_to_cut_packets_over_ipv6() {
+    let model = Model::new(Dialect::Lazy);
+    let id = PciId { subsystem: 0x0000_8086, ..Model::ID };
+    let offers = start_as(id, &model).expect("a good device").offloads();
+    assert!(offers.segment_v4 && offers.checksum_v6 && !offers.segment_v6);
+}
+
 /// Each packet has a context of its own, and the device has sent none.
 #[test]
 fn there_is_a_slot_for_every_buffer() {
