@@ -151,7 +151,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         // All homes come before all devices: a device's backend directory inherits from its
         // backend's home.
         for at in all.clone() {
-            self.write_home(at, Vec::new());
+            self.write_home(at);
         }
         for at in others() {
             self.write_devices(at);
@@ -328,12 +328,10 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         self.domains[at].phase = Phase::Held(why);
     }
 
-    /// With the backends' directories that its home is to have from the start.
-    fn write_home(&mut self, at: usize, backends: Vec<Op>) {
+    fn write_home(&mut self, at: usize) {
         let managed = &self.domains[at];
         let last = managed.splits.is_empty();
-        let mut ops = tree::home_of(&managed.domain, managed.domid);
-        ops.extend(backends);
+        let ops = tree::home_of(&managed.domain, managed.domid);
         self.store.transaction(Tag::Home(at, last), ops);
     }
 
@@ -348,10 +346,12 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         self.store.transaction(Tag::Devices(at), ops);
     }
 
-    /// The frontends' directories alone, for the next incarnation of a guest. Its backends'
-    /// directories are theirs.
-    fn reset_devices(&mut self, at: usize) {
-        let ops = self.domains[at].splits.iter().flat_map(tree::frontend_of).collect();
+    /// The directories of the guest itself and of its frontends, for its next incarnation. Its
+    /// backends' directories are theirs.
+    fn reset_nodes(&mut self, at: usize) {
+        let managed = &self.domains[at];
+        let mut ops = tree::clean_home(managed.domid);
+        ops.extend(managed.splits.iter().flat_map(tree::frontend_of));
         self.store.transaction(Tag::Devices(at), ops);
     }
 
@@ -457,13 +457,14 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
     pub(crate) fn restart(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Starting;
-        managed.has_nodes = managed.splits.is_empty();
+        let is_guest = managed.domain.role == Role::Guest;
+        managed.has_nodes = !is_guest;
         managed.is_built = false;
         managed.restarts = managed.restarts.saturating_add(1);
         match managed.rebuild(&mut self.hv, self.store_port) {
             Ok(port) => {
-                if !self.domains[at].splits.is_empty() {
-                    self.reset_devices(at);
+                if is_guest {
+                    self.reset_nodes(at);
                 }
                 self.built(at, port);
             }
@@ -471,22 +472,12 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         }
     }
 
-    /// What a destroyed domain's home held for the guests that it serves.
-    fn lost_backends(&self, at: usize) -> Vec<Op> {
-        let is_there = |it: &&Managed<'_>| {
-            !matches!(it.phase, Phase::Removing | Phase::Destroying | Phase::Gone)
-        };
-        let splits = self.domains.iter().filter(is_there).flat_map(|it| &it.splits);
-        let served = splits.filter(|split| split.device.backend == self.domains[at].domid);
-        served.flat_map(tree::backend_of).collect()
-    }
-
     /// Builds a domain anew that was destroyed.
     pub(crate) fn build_again(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.has_nodes = false;
         managed.restarts = managed.restarts.saturating_add(1);
-        self.write_home(at, self.lost_backends(at));
+        self.write_home(at);
         self.write_devices(at);
         self.build(at);
     }

@@ -17,6 +17,20 @@ use xenbus::device::{Device, DeviceKind, home};
 /// The domain that owns what the toolstack writes.
 const TOOLSTACK: DomainId = DomainId(0);
 
+/// Where in a domain's home the domain itself writes.
+const OWN: [&str; 10] = [
+    "control/shutdown",
+    "control/sysrq",
+    "control/feature-poweroff",
+    "control/feature-reboot",
+    "backend",
+    "data",
+    "drivers",
+    "feature",
+    "attr",
+    "error",
+];
+
 /// A split device that a guest uses, and what its nodes say about it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Split {
@@ -95,19 +109,28 @@ pub(crate) fn home_of(domain: &Domain, domid: DomainId) -> Vec<Op> {
     }
     ops.write(&path, "control/platform-feature-xs_reset_watches", 1);
     ops.write(&path, "control/platform-feature-multiprocessor-suspend", 1);
-    for node in ["shutdown", "sysrq", "feature-poweroff", "feature-reboot"] {
-        ops.directory(format!("{path}/control/{node}"), domid, domid);
+    for node in OWN {
+        ops.directory(format!("{path}/{node}"), domid, domid);
     }
     let devices = [("device/vif", domain.vifs.is_empty()), ("device/vbd", domain.disks.is_empty())];
     for (node, _) in devices.iter().filter(|(_, is_empty)| !is_empty) {
         ops.directory(format!("{path}/{node}"), TOOLSTACK, domid);
     }
-    for node in ["backend", "data", "drivers", "feature", "attr", "error"] {
-        ops.directory(format!("{path}/{node}"), domid, domid);
-    }
     ops.directory(format!("/vm/{uuid}"), TOOLSTACK, domid);
     ops.write(&format!("/vm/{uuid}"), "uuid", &uuid);
     ops.write(&format!("/vm/{uuid}"), "name", &domain.name);
+    ops.0
+}
+
+/// What a guest's last incarnation left in its home goes: the next one would find words that were
+/// not for it, and less room than it may have.
+pub(crate) fn clean_home(domid: DomainId) -> Vec<Op> {
+    let mut ops = Ops::default();
+    for node in OWN {
+        let path = format!("{}/{node}", home(domid));
+        ops.0.push(Op::Rm(path.clone()));
+        ops.directory(path, domid, domid);
+    }
     ops.0
 }
 
