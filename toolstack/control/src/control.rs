@@ -151,7 +151,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         // All homes come before all devices: a device's backend directory inherits from its
         // backend's home.
         for at in all.clone() {
-            self.write_home(at);
+            self.write_home(at, Vec::new());
         }
         for at in others() {
             self.write_devices(at);
@@ -328,10 +328,12 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         self.domains[at].phase = Phase::Held(why);
     }
 
-    fn write_home(&mut self, at: usize) {
+    /// With the backends' directories that its home is to have from the start.
+    fn write_home(&mut self, at: usize, backends: Vec<Op>) {
         let managed = &self.domains[at];
         let last = managed.splits.is_empty();
-        let ops = tree::home_of(&managed.domain, managed.domid);
+        let mut ops = tree::home_of(&managed.domain, managed.domid);
+        ops.extend(backends);
         self.store.transaction(Tag::Home(at, last), ops);
     }
 
@@ -472,12 +474,22 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         }
     }
 
+    /// What a destroyed domain's home held for the guests that it serves.
+    fn lost_backends(&self, at: usize) -> Vec<Op> {
+        let is_there = |it: &&Managed<'_>| {
+            !matches!(it.phase, Phase::Removing | Phase::Destroying | Phase::Gone)
+        };
+        let splits = self.domains.iter().filter(is_there).flat_map(|it| &it.splits);
+        let served = splits.filter(|split| split.device.backend == self.domains[at].domid);
+        served.flat_map(tree::backend_of).collect()
+    }
+
     /// Builds a domain anew that was destroyed.
     pub(crate) fn build_again(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.has_nodes = false;
         managed.restarts = managed.restarts.saturating_add(1);
-        self.write_home(at);
+        self.write_home(at, self.lost_backends(at));
         self.write_devices(at);
         self.build(at);
     }

@@ -499,6 +499,28 @@ fn policies_decide_by_the_way_it_ended() {
 }
 
 #[test]
+fn a_driver_that_was_destroyed_finds_its_guests_again() {
+    let mut rig = rig();
+    let node = "/local/domain/2/backend/vif/3/0/mac";
+    let mac = rig.value(node).expect("the guest's vif");
+    assert_eq!(rig.ask(Request::Destroy("net0".into())), Response::Done);
+    rig.settle();
+    assert_eq!(rig.value(node), None);
+    assert_eq!(rig.ask(Request::Restart("net0".into())), Response::Done);
+    rig.settle();
+    assert_eq!(rig.value(node), Some(mac));
+    assert_eq!(rig.core().named("demo").incarnation, 1, "the guest went on");
+    // A guest that is gone is not served.
+    for name in ["demo", "net0"] {
+        assert_eq!(rig.ask(Request::Destroy(name.into())), Response::Done);
+        rig.settle();
+    }
+    assert_eq!(rig.ask(Request::Restart("net0".into())), Response::Done);
+    rig.settle();
+    assert_eq!(rig.value(node), None);
+}
+
+#[test]
 fn a_domain_that_cannot_be_built_costs_only_itself() {
     let mut core = FakeCore::new();
     core.fail = Some(("assign_device", Errno::ENODEV));
