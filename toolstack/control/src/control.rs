@@ -2,7 +2,7 @@
 
 use crate::bundle::{Bundle, BundleError};
 use crate::console::write_line;
-use crate::domain::{DriverProgram, Managed, Phase, Program, bdf_text};
+use crate::domain::{BuildError, Built, DriverProgram, Managed, Phase, Program, bdf_text};
 use crate::hypervisor::{Hypervisor, until_done};
 use crate::store::{Finished, Op, StoreQueue};
 use crate::supervision::{Decision, describe};
@@ -184,6 +184,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
                 self.read_console(at);
             }
         }
+        self.go_on_filling();
         self.note_start();
         self.write_out();
     }
@@ -196,6 +197,8 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
             _ => None,
         });
         let lines = self.domains.iter().filter_map(|managed| managed.console.deadline());
+        let filling = self.domains.iter().any(|managed| managed.filling.is_some());
+        let delayed = delayed.chain(filling.then(|| self.hv.now_ns()));
         delayed.chain(lines).chain(self.retry_destroy_at).min()
     }
 
@@ -261,21 +264,36 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Starting;
         match managed.build(&mut self.hv, self.store_port) {
-            Ok(port) => {
+            Ok(built) => {
                 self.say_found(at);
-                self.built(at, port);
+                self.built(at, built);
             }
-            Err(error) => {
-                let text = format!("cannot be built: {}", error.what);
-                // Whatever was made of it so far goes; a domain that was not created is no error.
-                let domid = self.domains[at].domid;
-                if error.errno != Errno::EEXIST {
-                    let _ = until_done(|| self.hv.destroy(domid));
+            Err(error) => self.give_up_building(at, &error),
+        }
+    }
+
+    /// One step for each domain that is being filled.
+    fn go_on_filling(&mut self) {
+        for at in 0..self.domains.len() {
+            if self.domains[at].filling.is_some() {
+                match self.domains[at].fill_step(&mut self.hv) {
+                    Ok(built) => self.built(at, built),
+                    Err(error) => self.give_up_building(at, &error),
                 }
-                self.say_of(at, &text);
-                self.domains[at].phase = Phase::Held(text);
             }
         }
+    }
+
+    fn give_up_building(&mut self, at: usize, error: &BuildError) {
+        let text = format!("cannot be built: {}", error.what);
+        // Whatever was made of it so far goes; a domain that was not created is no error.
+        let domid = self.domains[at].domid;
+        if error.errno != Errno::EEXIST {
+            let _ = until_done(|| self.hv.destroy(domid));
+        }
+        self.say_of(at, &text);
+        self.domains[at].filling = None;
+        self.domains[at].phase = Phase::Held(text);
     }
 
     /// Says which driver was found for a domain, and whose devices it cannot serve.
@@ -300,8 +318,9 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         }
     }
 
-    /// The domain is filled: the store is told, and it starts when its nodes are there.
-    fn built(&mut self, at: usize, port: Option<EventPort>) {
+    /// When the domain is filled, the store is told, and it starts when its nodes are there.
+    fn built(&mut self, at: usize, built: Built) {
+        let Built::Whole(port) = built else { return };
         let domid = self.domains[at].domid;
         if let Some(port) = port {
             self.store.at_once(Tag::Introduced(at), Vec::from([Op::Introduce(domid, port)]));
@@ -432,8 +451,12 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         match decision {
             Decision::Restart => {
                 self.restart(at);
-                let us = self.hv.now_ns().saturating_sub(now) / 1000;
-                text += &format!("; restarted in {us} us");
+                if self.domains[at].filling.is_some() {
+                    text += "; is being started again";
+                } else {
+                    let us = self.hv.now_ns().saturating_sub(now) / 1000;
+                    text += &format!("; restarted in {us} us");
+                }
             }
             Decision::RestartAt(until) => {
                 self.domains[at].phase = Phase::Delayed(until);
@@ -464,11 +487,11 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         managed.is_built = false;
         managed.restarts = managed.restarts.saturating_add(1);
         match managed.rebuild(&mut self.hv, self.store_port) {
-            Ok(port) => {
+            Ok(built) => {
                 if is_guest {
                     self.reset_nodes(at);
                 }
-                self.built(at, port);
+                self.built(at, built);
             }
             Err(error) => self.hold(at, format!("cannot be restarted: {}", error.what)),
         }
@@ -498,6 +521,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
     pub(crate) fn remove(&mut self, at: usize) {
         let managed = &mut self.domains[at];
         managed.phase = Phase::Removing;
+        managed.filling = None;
         let ops = tree::remove(managed.domid, &managed.splits);
         // It must not run on with its nodes gone. One that is dead cannot be paused.
         let domid = managed.domid;

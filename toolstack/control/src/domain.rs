@@ -56,6 +56,32 @@ pub(crate) enum Phase {
     Gone,
 }
 
+/// How far the filling of a domain with a kernel of its own has come. It is large: filled in one
+/// go, it would keep a driver that dies meanwhile waiting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Filling {
+    /// The core ends the last incarnation.
+    Restart,
+    /// It gets memory: this region, of which so many pages are there.
+    Memory(usize, u32),
+    /// It gets its images: this load is next.
+    Images(usize),
+}
+
+/// Pages of memory in one step.
+const STEP_PAGES: u32 = 1024;
+/// Loads in one step, each of at most 64 KiB.
+const STEP_LOADS: usize = 8;
+
+/// What building a domain came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Built {
+    /// It is filled and can start; its xenstore port, if it has one.
+    Whole(Option<EventPort>),
+    /// [`Managed::fill_step`] goes on.
+    InPart,
+}
+
 /// What went wrong while a domain was built.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct BuildError {
@@ -80,7 +106,9 @@ pub(crate) struct Managed<'b> {
     pub(crate) restarts: u32,
     pub(crate) console: Console,
     pub(crate) tail_at_death: Vec<u8>,
-    /// Steps towards the next start that are done.
+    /// What is under way towards the next start.
+    pub(crate) filling: Option<Filling>,
+    /// Steps towards it that are done.
     pub(crate) is_built: bool,
     pub(crate) has_nodes: bool,
     /// The driver that was found for it, if one had to be.
@@ -127,6 +155,7 @@ impl<'b> Managed<'b> {
             splits,
             history: History::default(),
             restarts: 0,
+            filling: None,
             console: Console::default(),
             tail_at_death: Vec::new(),
             is_built: false,
@@ -145,12 +174,12 @@ impl<'b> Managed<'b> {
         self.domain.role == Role::Store
     }
 
-    /// Creates the domain and fills it, so that it can be started. Returns its xenstore port.
+    /// Creates the domain and fills it, so that it can be started.
     pub(crate) fn build<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         store_port: EventPort,
-    ) -> Result<Option<EventPort>, BuildError> {
+    ) -> Result<Built, BuildError> {
         self.image = self.choose(hv)?;
         if self.domain.kernel.is_some() {
             return self.build_pvh(hv);
@@ -229,31 +258,58 @@ impl<'b> Managed<'b> {
     }
 
     /// The same as [`Self::build`] for a domain with a kernel of its own.
-    fn build_pvh<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Option<EventPort>, BuildError> {
+    fn build_pvh<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Built, BuildError> {
         let Domain { memory_pages, vcpus, kernel, .. } = &self.domain;
         let cmdline = kernel.as_ref().map_or("", |kernel| kernel.cmdline.as_str());
         let layout = Layout::new(self.image, self.ramdisk, cmdline, *memory_pages, *vcpus)
             .map_err(|error| BuildError { what: format!("{error}"), errno: Errno::EINVAL })?;
         self.create(hv)?;
         self.layout = Some(layout);
-        self.fill_pvh(hv)
+        self.filling = Some(Filling::Memory(0, 0));
+        Ok(Built::InPart)
     }
 
-    /// Memory, images, tables, rings and registers of a domain with a kernel of its own.
-    fn fill_pvh<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Option<EventPort>, BuildError> {
+    /// The next step of filling a domain with a kernel of its own.
+    pub(crate) fn fill_step<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Built, BuildError> {
         let Some(layout) = &self.layout else { return Err(at("its layout")(Errno::EINVAL)) };
         let domid = self.domid;
-        for &(gfn, count) in &layout.regions {
-            let access = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
-            let flags = POPULATE_MISSING;
-            let mut populate = Populate { domid, pad: 0, access, flags, count, gfn, done: 0 };
-            until_done(|| hv.populate(&mut populate)).map_err(at("memory"))?;
-        }
-        for load in &layout.loads {
-            let from = if load.of_ramdisk { self.ramdisk.unwrap_or(&[]) } else { self.image };
-            let bytes = from.get(load.bytes.clone()).unwrap_or(&[]);
-            hv.load(domid, load.gpa, bytes).map_err(at("its image"))?;
-        }
+        let next = match self.filling {
+            Some(Filling::Restart) => match hv.restart(domid) {
+                Ok(()) => Filling::Memory(0, 0),
+                Err(Errno::EAGAIN) => Filling::Restart,
+                Err(errno) => return Err(at("restart")(errno)),
+            },
+            Some(Filling::Memory(region, done)) => match layout.regions.get(region) {
+                Some(&(_, count)) if count == done => Filling::Memory(region + 1, 0),
+                Some(&(gfn, count)) => {
+                    let count = (count - done).min(STEP_PAGES);
+                    populate_for_kernel(hv, domid, gfn + u64::from(done), count)?;
+                    Filling::Memory(region, done + count)
+                }
+                None => Filling::Images(0),
+            },
+            Some(Filling::Images(first)) if first < layout.loads.len() => {
+                for load in layout.loads.iter().skip(first).take(STEP_LOADS) {
+                    let from =
+                        if load.of_ramdisk { self.ramdisk.unwrap_or(&[]) } else { self.image };
+                    let bytes = from.get(load.bytes.clone()).unwrap_or(&[]);
+                    hv.load(domid, load.gpa, bytes).map_err(at("its image"))?;
+                }
+                Filling::Images(first + STEP_LOADS)
+            }
+            _ => {
+                self.filling = None;
+                return self.fill_rest(hv).map(|port| Built::Whole(Some(port)));
+            }
+        };
+        self.filling = Some(next);
+        Ok(Built::InPart)
+    }
+
+    /// Tables, rings and registers of a domain with a kernel of its own. Returns its xenstore port.
+    fn fill_rest<H: Hypervisor>(&mut self, hv: &mut H) -> Result<EventPort, BuildError> {
+        let Some(layout) = &self.layout else { return Err(at("its layout")(Errno::EINVAL)) };
+        let domid = self.domid;
         hv.load(domid, layout.start_info, &layout.block).map_err(at("its start info"))?;
         hv.load(domid, acpi_gpa(), &layout.acpi).map_err(at("its tables"))?;
         let rings = [
@@ -272,7 +328,7 @@ impl<'b> Managed<'b> {
         hv.set_start(&start).map_err(at("its registers"))?;
         self.console_port = Some(ports[1]);
         self.is_built = true;
-        Ok(Some(ports[0]))
+        Ok(ports[0])
     }
 
     /// Restarts it in the core and fills it again, so that it can be started. Its memory stays.
@@ -280,11 +336,12 @@ impl<'b> Managed<'b> {
         &mut self,
         hv: &mut H,
         store_port: EventPort,
-    ) -> Result<Option<EventPort>, BuildError> {
-        until_done(|| hv.restart(self.domid)).map_err(at("restart"))?;
+    ) -> Result<Built, BuildError> {
         if self.layout.is_some() {
-            return self.fill_pvh(hv);
+            self.filling = Some(Filling::Restart);
+            return self.fill_step(hv);
         }
+        until_done(|| hv.restart(self.domid)).map_err(at("restart"))?;
         self.fill(hv, store_port)
     }
 
@@ -293,7 +350,7 @@ impl<'b> Managed<'b> {
         &mut self,
         hv: &mut H,
         store_port: EventPort,
-    ) -> Result<Option<EventPort>, BuildError> {
+    ) -> Result<Built, BuildError> {
         let Some(plan) = &self.plan else { return Err(at("its plan")(Errno::EINVAL)) };
         for step in &plan.loads {
             let bytes = self.image.get(step.bytes.clone()).unwrap_or(&[]);
@@ -323,7 +380,7 @@ impl<'b> Managed<'b> {
         };
         hv.set_start(&start).map_err(at("its registers"))?;
         self.is_built = true;
-        Ok(port)
+        Ok(Built::Whole(port))
     }
 
     fn start_info(
@@ -354,6 +411,19 @@ impl<'b> Managed<'b> {
         bytes.extend_from_slice(config);
         bytes
     }
+}
+
+/// Gives a domain with a kernel of its own memory where it has none yet.
+fn populate_for_kernel<H: Hypervisor>(
+    hv: &mut H,
+    domid: DomainId,
+    gfn: u64,
+    count: u32,
+) -> Result<(), BuildError> {
+    let access = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
+    let flags = POPULATE_MISSING;
+    let mut populate = Populate { domid, pad: 0, access, flags, count, gfn, done: 0 };
+    until_done(|| hv.populate(&mut populate)).map_err(at("memory"))
 }
 
 /// A PCI function's place as people write it.

@@ -3,14 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use crate::bundle::{Bundle, BundleError};
-use crate::fake::{FakeCore, bundle, default_bundle, disk_system, image, system};
+use crate::fake::{FakeCore, bundle, default_bundle, disk_system, image, ramdisk, system};
 use crate::{Control, Setup, StartError, Wake};
 use axolotl_abi::control::{PciFunction, STATE_BLOCKED, STATE_BUILDING, STATE_DEAD, STATE_PAUSED};
 use axolotl_abi::protocol::{
     self, DomainState, Failure, FromControl, Request, Response, ToControl,
 };
 use axolotl_abi::start::{PRESERVED_GPA, START_INFO_GPA, StartInfo};
-use axolotl_abi::system::{DriverImage, FIND_DRIVER, OnEnd, System};
+use axolotl_abi::system::{DriverImage, FIND_DRIVER, Kernel, OnEnd, System};
 use proptest::prelude::*;
 use xen_abi::{DomainId, Errno, EventPort};
 use xenbus::{Nodes, Transport};
@@ -70,6 +70,15 @@ impl Rig {
         for _ in 0..8 {
             self.control.work(Wake::ALL);
         }
+        while self.fills("demo") {
+            self.control.work(Wake::ALL);
+        }
+    }
+
+    /// Whether a domain is being filled.
+    fn fills(&self, name: &str) -> bool {
+        let mut domains = self.control.domains.iter();
+        domains.any(|managed| managed.domain.name == name && managed.filling.is_some())
     }
 
     fn core(&mut self) -> &mut FakeCore {
@@ -81,12 +90,23 @@ impl Rig {
     }
 
     fn ask(&mut self, request: Request) -> Response {
+        self.send(request, true)
+    }
+
+    /// What is answered before anything else is done.
+    fn ask_at_once(&mut self, request: Request) -> Response {
+        self.send(request, false)
+    }
+
+    fn send(&mut self, request: Request, patient: bool) -> Response {
         self.last_id += 1;
         let frame = protocol::encode(&ToControl { id: self.last_id, request }).unwrap();
         for byte in frame {
             self.control.serial_input(byte);
         }
-        self.settle();
+        if patient {
+            self.settle();
+        }
         let bytes: Vec<u8> = self.control.serial_output().drain(..).collect();
         let mut framer = protocol::Framer::new();
         let mut answers = bytes.iter().filter_map(|byte| framer.push::<FromControl>(*byte));
@@ -496,6 +516,45 @@ fn policies_decide_by_the_way_it_ended() {
     assert_eq!(rig.ask(Request::Restart("demo".into())), Response::Done);
     rig.settle();
     assert_eq!(rig.core().named("demo").state, STATE_BLOCKED, "built anew");
+}
+
+/// The default system; its guest has a kernel of its own, and is not filled yet.
+fn rig_with_kernel() -> Rig {
+    let mut system = system();
+    system.domains[2].kernel = Some(Kernel { cmdline: "quiet".into(), ramdisk: Some(4) });
+    system.domains[2].memory_pages = 32_768;
+    let images = [image(1), image(1), image(1), image(1_500_000), ramdisk(3_000_000)];
+    rig_of(bundle(&system, &images), FakeCore::new()).unwrap()
+}
+
+/// A guest's kernel and ramdisk may have any size; a driver's outage must not depend on it.
+#[test]
+fn a_driver_restarts_while_a_large_guest_is_filled() {
+    let mut rig = rig_with_kernel();
+    // Once while it is built, and once while it starts again.
+    for life in 1..=2 {
+        for _ in 0..4 {
+            rig.control.work(Wake::default());
+            assert!(rig.fills("demo"), "it takes many turns");
+        }
+        assert!(rig.control.deadline().is_some(), "nobody need wake us");
+        rig.core().kill("net0", None, MS);
+        rig.control.work(Wake { domains: true, consoles: false });
+        assert_eq!(rig.core().named("net0").incarnation, 1 + life);
+        assert_eq!(rig.core().named("net0").state, STATE_BLOCKED);
+        assert!(rig.fills("demo"));
+        rig.settle();
+        let demo = rig.core().named("demo");
+        assert_eq!((demo.state, demo.incarnation), (STATE_BLOCKED, life));
+        assert!(demo.loaded.values().map(Vec::len).sum::<usize>() > 4_500_000, "all of both");
+        assert_eq!(rig.control.deadline(), None);
+        rig.core().kill("demo", Some(1), MS);
+        rig.control.work(Wake { domains: true, consoles: false });
+    }
+    assert_eq!(rig.ask_at_once(Request::Destroy("demo".into())), Response::Done);
+    assert!(!rig.fills("demo"));
+    rig.settle();
+    assert!(!rig.core().domains.contains_key(&3));
 }
 
 #[test]
