@@ -231,13 +231,13 @@ impl<P: Platform> Core<P> {
 
     fn new_vcpu(p: &mut P, plan: &Plan, shared: Mfn, index: u8, frames: &[Mfn]) -> Vcpu<P> {
         let state = match *frames {
-            [first, second, ..] => p.new_guest([first, second]),
-            [first] => p.new_vcpu(first),
+            [first, second, third, ..] => p.new_guest([first, second, third]),
+            [first, ..] => p.new_vcpu(first),
             [] => unreachable!("a vCPU has frames"),
         };
         let info = first_info(shared, index);
         Self::write_time(p, info);
-        let mut vcpu = Vcpu::new(state, (frames[0], frames.get(1).copied()), info);
+        let mut vcpu = Vcpu::new(state, frames, info);
         vcpu.reset();
         vcpu.budget = plan.budget_ns;
         vcpu.period = plan.period_ns;
@@ -607,9 +607,8 @@ impl<P: Platform> Core<P> {
             if let Some(state) = vcpu.state {
                 p.drop_vcpu(state);
             }
-            self.frames.release(vcpu.frame, &mut account);
-            if let Some(second) = vcpu.frame2 {
-                self.frames.release(second, &mut account);
+            for mfn in vcpu.frames {
+                self.frames.release(mfn, &mut account);
             }
         }
         for mfn in [shared, console] {

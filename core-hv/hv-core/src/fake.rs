@@ -26,7 +26,7 @@
 use crate::boot::{Boot, EcamRange, StartError};
 use crate::cpu::CpuLoop;
 use crate::frame::{FrameInfo, Mfn};
-use crate::p2m::{Kind, Page};
+use crate::p2m::{Kind, Page, Walk};
 use crate::platform::{
     Bdf, Clock, CpuId, DEVICE_VECTORS, Event, Exit, GUEST_FRAMES, GuestExit, GuestMsr,
     HYPERCALL_BYTES, Mode, MsiMessage, NoGuests, Platform, Readiness, Registers, Space, Start,
@@ -94,13 +94,23 @@ pub struct FakeGuest {
     /// How it runs.
     pub mode: Mode,
     /// EFER and PAT.
-    pub msrs: [u64; 3],
+    pub msrs: [u64; 4],
     /// How it was started last.
     pub started: Option<Start>,
     /// What it was told, and has not taken yet.
     pub told: Option<Event>,
     /// It asked to be left as soon as it can take an interrupt.
     pub window: bool,
+}
+
+/// In [`System::visible`]: registers, not a page.
+pub const GFN_OF_REGISTERS: Gfn = Gfn(u64::MAX);
+
+/// Leaves `byte` everywhere below on the stack, where what is called next has its variables.
+#[inline(never)]
+pub fn poison_stack(byte: u8) {
+    let below = [byte; 256 << 10];
+    core::hint::black_box(&below);
 }
 
 /// What a vCPU does while it runs.
@@ -502,6 +512,7 @@ impl Platform for Fake {
         vcpu.registers = Registers { rflags: 2, ..Registers::default() };
         vcpu.guest = FakeGuest { started: Some(start), ..FakeGuest::default() };
         vcpu.guest.mode.code_bits = bits;
+        vcpu.guest.msrs[GuestMsr::Xcr0 as usize] = 1;
         match start {
             Start::Reset => {}
             Start::Pvh { entry, start_info } => {
@@ -560,6 +571,10 @@ impl Platform for Fake {
     }
 
     fn leave_guest(&mut self, _: &mut FakeVcpu) {}
+
+    fn extended_state(&self) -> u64 {
+        7
+    }
 
     fn cpuid(&self, leaf: u32, _: u32) -> [u32; 4] {
         match leaf {
@@ -1149,6 +1164,38 @@ impl System {
             self.p.read(page.mfn, offset, &mut buffer[done..done + len]);
             done += len;
         }
+    }
+
+    /// Everything that domains can see of the core's doing: all their pages, and their registers.
+    ///
+    /// # Panics
+    /// Never: ids are small.
+    #[must_use]
+    pub fn visible(&self) -> Vec<(DomainId, Gfn, Vec<u8>)> {
+        let core = self.core.lock();
+        let mut all = Vec::new();
+        for domain in core.domains.iter().flatten() {
+            let mut gfn = Gfn(0);
+            loop {
+                gfn = match domain.p2m.walk(&self.p, gfn) {
+                    Walk::End => break,
+                    Walk::Skipped(next) => next,
+                    Walk::Page(at, page) => {
+                        if page.kind != Kind::Device && page.kind != Kind::Bundle {
+                            let mut bytes = vec![0; 4096];
+                            self.p.read(page.mfn, 0, &mut bytes);
+                            all.push((domain.id, at, bytes));
+                        }
+                        Gfn(at.0 + 1)
+                    }
+                };
+            }
+            for state in domain.vcpus.iter().filter_map(|vcpu| vcpu.state.as_ref()) {
+                let registers = format!("{:?} {:?}", state.registers, state.guest);
+                all.push((domain.id, GFN_OF_REGISTERS, registers.into_bytes()));
+            }
+        }
+        all
     }
 
     /// Reads a structure in memory of a domain.

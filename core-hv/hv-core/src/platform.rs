@@ -191,6 +191,8 @@ pub enum GuestMsr {
     Pat,
     /// What RDTSCP and RDPID read beside the time; exists where CPUID shows RDTSCP.
     TscAux,
+    /// Which state XSAVE saves, and instructions may use.
+    Xcr0,
 }
 
 /// Why the machine cannot run hardware-virtualized domains.
@@ -220,7 +222,7 @@ impl NoGuests {
 }
 
 /// Frames that a hardware-virtualized vCPU needs.
-pub const GUEST_FRAMES: usize = 2;
+pub const GUEST_FRAMES: usize = 3;
 
 /// Length of the hypercall instruction; a continuation sets `rip` back by it.
 pub const HYPERCALL_BYTES: u64 = 2;
@@ -337,7 +339,7 @@ pub trait Platform {
     fn start_guest(vcpu: &mut Self::Vcpu, start: Start);
     /// How it runs.
     fn mode(vcpu: &Self::Vcpu) -> Mode;
-    /// Reads a register.
+    /// Reads a register of one that has just stopped on this processor.
     fn guest_msr(vcpu: &Self::Vcpu, register: GuestMsr) -> u64;
     /// Writes a register; the caller has checked the value.
     fn set_guest_msr(vcpu: &mut Self::Vcpu, register: GuestMsr, value: u64);
@@ -354,6 +356,8 @@ pub trait Platform {
     fn run_guest(&mut self, vcpu: &mut Self::Vcpu, space: Space, window: bool) -> Exit;
     /// Takes what it left in this processor's registers off them: it may go on elsewhere.
     fn leave_guest(&mut self, vcpu: &mut Self::Vcpu);
+    /// What a guest may have in XCR0; 0: there is no XSAVE.
+    fn extended_state(&self) -> u64;
     /// What this processor's CPUID says.
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
 

@@ -2,8 +2,9 @@
 
 use crate::domain::{NEVER, WATCHDOGS};
 use crate::frame::Mfn;
-use crate::platform::{Platform, Registers};
+use crate::platform::{GUEST_FRAMES, Platform, Registers};
 use crate::pvh::Virtual;
+use heapless::Vec;
 use xen_abi::DomainId;
 
 /// Most vCPUs of a domain.
@@ -45,10 +46,10 @@ pub enum Wait {
 pub struct Vcpu<P: Platform> {
     /// Its registers; absent while a processor runs it.
     pub state: Option<P::Vcpu>,
-    /// Where the machine layer keeps them.
+    /// Where the machine layer keeps them: the first of its frames.
     pub frame: Mfn,
-    /// The second frame of a hardware-virtualized one.
-    pub frame2: Option<Mfn>,
+    /// All of them; of a unikernel's, one.
+    pub frames: Vec<Mfn, GUEST_FRAMES>,
     /// Where its `vcpu_info` is: frame and offset.
     pub info: (Mfn, usize),
     /// Ports of the virtual interrupts that each vCPU has its own of, by number; 0: none.
@@ -93,11 +94,11 @@ pub struct Vcpu<P: Platform> {
 
 impl<P: Platform> Vcpu<P> {
     /// Stopped, with all registers 0.
-    pub(crate) fn new(state: P::Vcpu, frames: (Mfn, Option<Mfn>), info: (Mfn, usize)) -> Self {
+    pub(crate) fn new(state: P::Vcpu, frames: &[Mfn], info: (Mfn, usize)) -> Self {
         Self {
             state: Some(state),
-            frame: frames.0,
-            frame2: frames.1,
+            frame: frames[0],
+            frames: frames.iter().copied().collect(),
             info,
             virqs: [0; 2],
             wait: Wait::Nothing,

@@ -4,7 +4,7 @@
 use axolotl_abi::control::{self, ASSIGN_DMA_TRUSTED, AssignDevice, Create, Rights};
 use axolotl_abi::start::{GRANT_TABLE_GPA, HEAP_GPA, IMAGE_GPA, MMIO_GPA, SHARED_INFO_GPA};
 use axolotl_abi::{CONTROL_OP, DEVICE_OP};
-use hv_core::fake::{Config, D0, DATA, FakeFunction, SCRATCH, System, bundle, image};
+use hv_core::fake::{Config, D0, DATA, FakeFunction, SCRATCH, System, bundle, image, poison_stack};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use xen_abi::hypercall::*;
@@ -97,6 +97,49 @@ fn system() -> (System, [DomainId; 4]) {
     (system, [D0, builder, driver, guest])
 }
 
+fn call_on_poison(
+    system: &mut System,
+    byte: u8,
+    id: DomainId,
+    number: u64,
+    args: [u64; 5],
+    words: &[u64],
+) -> i64 {
+    for (at, word) in (SCRATCH..).step_by(8).zip(words) {
+        system.write(id, at, &word.to_le_bytes());
+    }
+    poison_stack(byte);
+    system.call(id, number, args)
+}
+
+/// Calls that are answered with a structure: caller, number, command, argument.
+fn fruitful_calls([d0, _, driver, guest]: [DomainId; 4]) -> Vec<(DomainId, u64, u64, Vec<u64>)> {
+    let mut calls = Vec::new();
+    for command in [1, 2, 3, 4, 5, 6, 8, 9] {
+        calls.push((guest, XEN_VERSION, command, vec![0]));
+    }
+    let itself = u64::from(DomainId::SELF.0);
+    for command in [6, 8, 10] {
+        calls.push((
+            guest,
+            GRANT_TABLE_OP,
+            command,
+            vec![if command == 8 { 1 } else { itself }, 0, 0],
+        ));
+    }
+    // Status, a new port, and one to itself.
+    for (command, first) in [(5, itself | 1 << 32), (6, itself), (7, 0)] {
+        calls.push((driver, EVENT_CHANNEL_OP, command, vec![first, 0, 0, 0]));
+    }
+    for command in [control::GET_INFO, control::GET_DEATH, control::PHYSINFO] {
+        calls.push((d0, CONTROL_OP, command, vec![guest.0.into()]));
+    }
+    for command in [control::GET_PCI_FUNCTION, control::CONSOLE_READ] {
+        calls.push((d0, CONTROL_OP, command, vec![0; 8]));
+    }
+    calls
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: if cfg!(miri) { 1 } else { 20 },
@@ -125,6 +168,34 @@ proptest! {
             system.check();
         }
         system.check_whole();
+    }
+
+    /// What domains see after any calls does not depend on what was on the core's stack: neither a
+    /// structure with a hole nor one that is not filled goes back to a caller. The types make it
+    /// so: what is written to memory of domains is `IntoBytes`, which no type with padding is, and
+    /// without `unsafe` nothing is uninitialized.
+    #[test]
+    fn nothing_of_the_stack_reaches_a_domain(
+        attacks in vec(attack(), 1..if cfg!(miri) { 6 } else { 60 }),
+    ) {
+        let seen = [0x5a, 0xc3].map(|byte| {
+            let (mut system, who) = system();
+            for (id, number, command, words) in fruitful_calls(who) {
+                let args = [command, SCRATCH, 1, 0, 0];
+                let result = call_on_poison(&mut system, byte, id, number, args, &words);
+                assert!(result >= 0, "{number} {command}: {result}");
+            }
+            for attack in &attacks {
+                let id = who[usize::from(attack.who) % who.len()];
+                if !system.is_live(id) || system.core.lock().domain(id).is_none_or(|d| d.paused) {
+                    continue;
+                }
+                let args = [attack.command, attack.gpa, attack.count, attack.words[0], 0];
+                call_on_poison(&mut system, byte, id, attack.number, args, &attack.words);
+            }
+            system.visible()
+        });
+        prop_assert!(seen[0] == seen[1], "the same with anything on the stack");
     }
 
     #[test]

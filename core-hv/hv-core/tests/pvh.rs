@@ -6,8 +6,8 @@ use axolotl_abi::control::{
 };
 use axolotl_abi::image::{ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE};
 use hv_core::domain::Stage;
-use hv_core::fake::{Config, D0, Fake, FakeVcpu, System};
-use hv_core::platform::{Event, Exit, GuestExit, NoGuests, Platform, PortAccess, Start};
+use hv_core::fake::{Config, D0, Fake, FakeVcpu, System, poison_stack};
+use hv_core::platform::{Event, Exit, GuestExit, GuestMsr, NoGuests, Platform, PortAccess, Start};
 use hv_core::vcpu::{VcpuId, Wait};
 use proptest::prelude::*;
 use std::cell::RefCell;
@@ -498,6 +498,31 @@ fn what_is_not_listed_faults_and_is_counted() {
     assert_eq!(op.last_unlisted >> 32, 5);
 }
 
+/// AMD64 APM volume 4, XSETBV.
+#[test]
+fn xcr0_is_written_by_the_rules() {
+    let mut guest = Guest::new(1);
+    let attempts =
+        [(0, 0, 7, true), (0, 0, 3, true), (0, 0, 5, false), (0, 1, 3, false), (3, 0, 3, false)];
+    for (cpl, register, value, is_taken) in attempts {
+        guest.act(0, move |vcpu| {
+            (vcpu.guest.mode.cr4, vcpu.guest.mode.cpl) = (1 << 18, cpl);
+            (vcpu.registers.rcx, vcpu.registers.rax, vcpu.registers.rdx) = (register, value, 0);
+            Exit::Guest(GuestExit::SetXcr)
+        });
+        let xcr0 = Rc::new(RefCell::new(0));
+        let found = xcr0.clone();
+        guest.act(0, move |vcpu| {
+            *found.borrow_mut() = vcpu.guest.msrs[GuestMsr::Xcr0 as usize];
+            vcpu.guest.mode.cpl = 0;
+            Exit::Interrupted
+        });
+        let fault = Event::Exception(13, Some(0));
+        assert_eq!(guest.told(0).contains(&fault), !is_taken, "{cpl} {register} {value}");
+        assert_eq!(*xcr0.borrow(), if is_taken { value } else { 3 });
+    }
+}
+
 #[test]
 fn ports_answer_as_the_specification_says() {
     let mut guest = Guest::new(1);
@@ -749,6 +774,32 @@ fn attack() -> impl Strategy<Value = Attack> {
     )
 }
 
+/// Lets a guest's vCPU stop for a reason, with `byte` everywhere on the core's stack.
+fn hit(guest: &mut Guest, attack: Attack, byte: u8) {
+    let words = attack.memory;
+    if guest.system.page(guest.id, Gfn::containing(SCRATCH)).is_some() {
+        guest.system.write(guest.id, SCRATCH, words.as_bytes());
+    }
+    let steps = guest.steps[attack.vcpu].clone();
+    steps.borrow_mut().push_back(Box::new(move |vcpu| {
+        let mode = &mut vcpu.guest.mode;
+        mode.code_bits = attack.bits;
+        [mode.cr0, mode.cr3, mode.efer] = attack.paging;
+        mode.cr4 = 1 << 5;
+        let r = &mut vcpu.registers;
+        [r.rax, r.rdi, r.rsi, r.rdx, r.r10, r.rbx] = attack.registers;
+        r.rax = if r.rax > 64 { r.rax } else { r.rax % 48 };
+        r.rcx = attack.msr;
+        r.rflags = attack.flags;
+        Exit::Guest(attack.exit)
+    }));
+    for vcpu in [0, 1] {
+        guest.system.wake_vcpu(VcpuId { domain: guest.id, index: vcpu });
+    }
+    poison_stack(byte);
+    guest.system.run(0, 4);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 192 }, ..ProptestConfig::default() })]
 
@@ -762,27 +813,7 @@ proptest! {
             if !guest.is_live() {
                 break;
             }
-            let words = attack.memory;
-            if guest.system.page(guest.id, Gfn::containing(SCRATCH)).is_some() {
-                guest.system.write(guest.id, SCRATCH, words.as_bytes());
-            }
-            let steps = guest.steps[attack.vcpu].clone();
-            steps.borrow_mut().push_back(Box::new(move |vcpu| {
-                let mode = &mut vcpu.guest.mode;
-                mode.code_bits = attack.bits;
-                [mode.cr0, mode.cr3, mode.efer] = attack.paging;
-                mode.cr4 = 1 << 5;
-                let r = &mut vcpu.registers;
-                [r.rax, r.rdi, r.rsi, r.rdx, r.r10, r.rbx] = attack.registers;
-                r.rax = if r.rax > 64 { r.rax } else { r.rax % 48 };
-                r.rcx = attack.msr;
-                r.rflags = attack.flags;
-                Exit::Guest(attack.exit)
-            }));
-            for vcpu in [0, 1] {
-                guest.system.wake_vcpu(VcpuId { domain: guest.id, index: vcpu });
-            }
-            guest.system.run(0, 4);
+            hit(&mut guest, attack, 0);
         }
         guest.system.check();
         let result = guest.system.alloc_unbound(other, D0);
@@ -791,5 +822,24 @@ proptest! {
         guest.system.destroy(other);
         guest.system.check();
         prop_assert!(guest.system.is_live(D0));
+    }
+
+    /// As for unikernels' calls, in `hostile`: nothing that a guest sees depends on what was on the
+    /// core's stack when it stopped.
+    #[test]
+    fn nothing_of_the_stack_reaches_a_guest(
+        attacks in proptest::collection::vec(attack(), 1..20),
+    ) {
+        let seen = [0x5a, 0xc3].map(|byte| {
+            let mut guest = Guest::new(2);
+            guest.start_other();
+            for attack in &attacks {
+                if guest.is_live() {
+                    hit(&mut guest, attack.clone(), byte);
+                }
+            }
+            guest.system.visible()
+        });
+        prop_assert!(seen[0] == seen[1], "the same with anything on the stack");
     }
 }

@@ -300,10 +300,11 @@ impl Platform for Machine {
         svm::availability()
     }
 
-    fn new_guest(&mut self, [first, second]: [Mfn; GUEST_FRAMES]) -> Vcpu {
+    fn new_guest(&mut self, [first, second, third]: [Mfn; GUEST_FRAMES]) -> Vcpu {
         self.at(first, 0, 4096);
         self.at(second, 0, 4096);
-        let guest = Guest::new(second);
+        self.at(third, 0, 4096);
+        let guest = Guest::new(second, third);
         // SAFETY: it exists, and hv-core keeps it for this alone, by the trait's contract.
         let mut vcpu = unsafe { Vcpu::new(first, Some(guest)) };
         Self::start_guest(&mut vcpu, Start::Reset);
@@ -360,6 +361,10 @@ impl Platform for Machine {
     fn leave_guest(&mut self, vcpu: &mut Vcpu) {
         let serial = vcpu.serial();
         self.guests.leave(vcpu.guest_mut().1, serial);
+    }
+
+    fn extended_state(&self) -> u64 {
+        svm::extended_state()
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -9,7 +9,8 @@
 //! | x87, SSE, DR0 to DR3 | loaded when another vCPU ran here before, saved when it leaves |
 //! | TSC_AUX (where there is RDTSCP) | through the core; loaded when it differs, 0 for ring 3 |
 //! | TSC | the machine's own, by reading: `vcpu_time_info` speaks of it, on every processor and in every life. Writes are dropped; no offset, no scaling |
-//! | XSAVE state | not offered: XCR0 stays 1, XSETBV faults, so there is none |
+//! | AVX, AVX-512 (where there is XSAVE) | as x87 and SSE, all that [`extended_state`] names, whatever the guest has in XCR0 |
+//! | XCR0 | through the core, by the architecture's rules; loaded when it differs, 1 for ring 3 |
 //! | protection keys | not offered; the register is emptied when another guest's vCPU ran here before |
 //! | DEBUGCTL, branch records | read as 0, take 0 |
 //! | SPEC_CTRL, PRED_CMD, XSS, CET, performance counters, VM_CR and all others | stop, and fault if `hv-core` does not know them |
@@ -177,6 +178,8 @@ struct Svm {
     next_rip: bool,
     keys: bool,
     rdtscp: bool,
+    /// What guests may have in XCR0; 0: no XSAVE.
+    xcr0: u64,
 }
 
 static SVM: Once<Result<Svm, NoGuests>> = Once::new();
@@ -215,7 +218,8 @@ pub fn prepare(boot: &mut BootMemory) {
         let keys = cpuid.get_extended_feature_info().is_some_and(|info| info.has_pku());
         let extended = cpuid.get_extended_processor_and_feature_identifiers();
         let rdtscp = extended.is_some_and(|info| info.has_rdtscp());
-        Svm { io_map, msr_map, asids, next_rip, keys, rdtscp }
+        let xcr0 = known_state();
+        Svm { io_map, msr_map, asids, next_rip, keys, rdtscp, xcr0 }
     });
     SVM.call_once(|| found);
 }
@@ -275,14 +279,15 @@ pub struct Processor {
     round: u64,
     /// Which vCPU's x87, SSE and debug address registers are in the processor.
     owner: u64,
-    /// What TSC_AUX has.
+    /// What TSC_AUX and XCR0 have.
     aux: u64,
+    xcr0: u64,
 }
 
 impl Processor {
     /// Turns virtualization on for this processor, which has two pages for it.
     pub fn new(pages: [u64; 2]) -> Self {
-        let mut this = Self { host: pages[0], asid: 0, round: 1, owner: 0, aux: 0 };
+        let mut this = Self { host: pages[0], asid: 0, round: 1, owner: 0, aux: 0, xcr0: 1 };
         if SVM.get().is_some_and(Result::is_ok) {
             match detect() {
                 Ok(_) => this.enable(pages[1]),
@@ -300,7 +305,10 @@ impl Processor {
         unsafe { efer.write(value | EFER_SVME) };
         // SAFETY: exists where SVM does; the page is the processor's from now on.
         unsafe { Msr::new(VM_HSAVE).write(save_area) };
-        close_extended_state();
+        if shared().xcr0 != 0 {
+            // Whatever the firmware left.
+            with_xsave(|| set_xcr0(1));
+        }
         // SAFETY: SVM is on; a page of our own. Segments, TR and system call registers of this
         // processor never change again.
         unsafe { asm!("vmsave rax", in("rax") self.host, options(nostack, preserves_flags)) };
@@ -347,10 +355,11 @@ impl Processor {
         if self.owner != serial || guest.cpu != Some(cpu) {
             guest.load_extended();
             self.owner = serial;
+            self.xcr0 = shared().xcr0.max(1);
         }
         guest.cpu = Some(cpu);
-        if self.aux != guest.aux {
-            self.set_aux(guest.aux);
+        if self.aux != guest.aux || self.xcr0 != guest.xcr0 {
+            self.set_own(guest.aux, guest.xcr0);
         }
         guest.set_window(window);
         guest.write_back(registers);
@@ -365,19 +374,24 @@ impl Processor {
     pub fn leave(&mut self, guest: &mut Guest, serial: u64) {
         if self.owner == serial {
             guest.save_extended();
+            self.xcr0 = shared().xcr0.max(1);
         }
-        if self.aux != 0 {
-            self.set_aux(0);
+        if self.aux != 0 || self.xcr0 != 1 {
+            self.set_own(0, 1);
         }
     }
 
-    /// Ring 3 can read it too, and finds 0.
+    /// Sets what ring 3 could read too, and then finds as after a reset.
     #[cold]
-    fn set_aux(&mut self, aux: u64) {
-        if shared().rdtscp {
+    fn set_own(&mut self, aux: u64, xcr0: u64) {
+        if self.aux != aux && shared().rdtscp {
             // SAFETY: exists by CPUID; the core itself does not use it.
             unsafe { Msr::new(TSC_AUX).write(aux) };
             self.aux = aux;
+        }
+        if self.xcr0 != xcr0 {
+            with_xsave(|| set_xcr0(xcr0));
+            self.xcr0 = xcr0;
         }
     }
 }
@@ -417,15 +431,13 @@ impl Vmcb {
     }
 }
 
-/// Registers as FXSAVE writes them.
-#[repr(C, align(64))]
-struct Extended([u8; 512]);
-
 /// A hardware-virtualized vCPU, beside its general registers.
 pub struct Guest {
-    extended: Extended,
+    /// The frame that XSAVE or FXSAVE writes to, by its physical address.
+    extended: u64,
     debug: [u64; 4],
     aux: u64,
+    xcr0: u64,
     vmcb: Vmcb,
     asid: u32,
     round: u64,
@@ -438,8 +450,9 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// As after INIT, with its control block in a frame.
-    pub fn new(frame: Mfn) -> Self {
+    /// As after INIT, with its control block in a frame, and its registers of x87, SSE and AVX in
+    /// another.
+    pub fn new(frame: Mfn, extended: Mfn) -> Self {
         let vmcb = Vmcb(frame.address());
         // SAFETY: a frame that serves nothing else, by the caller's contract.
         unsafe { direct::<u8>(vmcb.0).write_bytes(0, 4096) };
@@ -452,9 +465,10 @@ impl Guest {
         vmcb.set(at::MSR_MAP, svm.msr_map);
         vmcb.set(at::NESTED, 1);
         Self {
-            extended: Extended([0; 512]),
+            extended: extended.address(),
             debug: [0; 4],
             aux: 0,
+            xcr0: 1,
             vmcb,
             asid: 0,
             round: 0,
@@ -518,23 +532,35 @@ impl Guest {
 
     /// FCW and MXCSR as after FNINIT; everything else 0.
     fn forget_extended(&mut self) {
-        self.extended = Extended([0; 512]);
-        self.extended.0[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
-        self.extended.0[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        // SAFETY: a frame of this vCPU's alone.
+        unsafe { direct::<u8>(self.extended).write_bytes(0, 4096) };
+        // SAFETY: as above, aligned.
+        unsafe { direct::<u16>(self.extended).write(0x37f) };
+        // SAFETY: as above.
+        unsafe { direct::<u32>(self.extended + 24).write(0x1f80) };
         self.debug = [0; 4];
         self.aux = 0;
+        self.xcr0 = 1;
         // What is in a processor under its name is not its any more.
         self.cpu = None;
     }
 
     fn load_extended(&self) {
-        let cr0 = with_fpu();
-        // SAFETY: aligned, as FXSAVE wrote it or as after a reset; we use none of these registers.
-        unsafe {
-            asm!("fxrstor64 [{}]", in(reg) &raw const self.extended, options(nostack, readonly));
-        };
-        // SAFETY: back to what it was.
-        unsafe { Cr0::write(cr0) };
+        let (cr0, cr4, _) = with_fpu();
+        let area = direct::<u8>(self.extended);
+        // Some processors leave the pointers of the last x87 instruction to whom comes next, unless
+        // one of ours is the last (Xen's XSA-52).
+        // SAFETY: no exception is on; the area has more than 4 bytes.
+        unsafe { asm!("fnclex", "emms", "fild dword ptr [{}]", in(reg) area, options(nostack)) };
+        match shared().xcr0 {
+            // SAFETY: aligned, as FXSAVE wrote it or as after a reset; we use none of these.
+            0 => unsafe { asm!("fxrstor64 [{}]", in(reg) area, options(nostack)) },
+            // SAFETY: the same of XSAVE, which is on.
+            all => unsafe {
+                asm!("xrstor64 [{}]", in(reg) area, in("rax") all, in("edx") 0, options(nostack));
+            },
+        }
+        without_fpu(cr0, cr4);
         clear_protection_keys();
         let [a, b, c, d] = self.debug;
         // SAFETY: no breakpoint is on outside of a guest.
@@ -547,11 +573,19 @@ impl Guest {
     }
 
     fn save_extended(&mut self) {
-        let cr0 = with_fpu();
-        // SAFETY: aligned, 512 bytes.
-        unsafe { asm!("fxsave64 [{}]", in(reg) &raw mut self.extended, options(nostack)) };
-        // SAFETY: back to what it was.
-        unsafe { Cr0::write(cr0) };
+        let (cr0, cr4, xcr0) = with_fpu();
+        // QEMU 7.2 lets a guest execute XSETBV by itself.
+        self.xcr0 = xcr0;
+        let area = direct::<u8>(self.extended);
+        match shared().xcr0 {
+            // SAFETY: a page of this vCPU's alone.
+            0 => unsafe { asm!("fxsave64 [{}]", in(reg) area, options(nostack)) },
+            // SAFETY: the same; `known_state` saw that it is large enough, and XSAVE is on.
+            all => unsafe {
+                asm!("xsave64 [{}]", in(reg) area, in("rax") all, in("edx") 0, options(nostack));
+            },
+        }
+        without_fpu(cr0, cr4);
         let [a, b, c, d]: [u64; 4];
         // SAFETY: reading them changes nothing.
         unsafe {
@@ -695,6 +729,9 @@ impl Guest {
             GuestMsr::Efer => self.vmcb.get(at::EFER) & !EFER_SVME,
             GuestMsr::Pat => self.vmcb.get(at::PAT),
             GuestMsr::TscAux => self.aux,
+            // Its own, since it has just stopped here: see `save_extended`.
+            GuestMsr::Xcr0 if shared().xcr0 != 0 => with_xsave(get_xcr0),
+            GuestMsr::Xcr0 => self.xcr0,
         }
     }
 
@@ -710,6 +747,7 @@ impl Guest {
                 self.dirty |= clean::NESTED;
             }
             GuestMsr::TscAux => self.aux = value,
+            GuestMsr::Xcr0 => self.xcr0 = value,
         }
     }
 
@@ -749,24 +787,57 @@ impl Guest {
     }
 }
 
-/// Makes sure that x87 is all that XSAVE knows, whatever the firmware left: guests can turn XSAVE on
-/// in CR4, but not more of it in XCR0.
-fn close_extended_state() {
-    if !raw_cpuid::CpuId::new().get_feature_info().is_some_and(|info| info.has_xsave()) {
-        return;
+/// What guests may have in XCR0; 0: there is no XSAVE.
+pub fn extended_state() -> u64 {
+    shared().xcr0
+}
+
+/// The most of x87, SSE, AVX and AVX-512 that this processor has and that fits in a page.
+fn known_state() -> u64 {
+    let cpuid = raw_cpuid::CpuId::new();
+    if !cpuid.get_feature_info().is_some_and(|info| info.has_xsave()) {
+        return 0;
     }
+    let supported = raw_cpuid::cpuid!(0xd, 0).eax;
+    let fits = |n| {
+        let part = raw_cpuid::cpuid!(0xd, n);
+        part.eax + part.ebx <= 4096
+    };
+    let has = |mask: u32| supported & mask == mask && (2..8).all(|n| mask >> n & 1 == 0 || fits(n));
+    [0xe7, 7, 3].into_iter().find(|&mask| has(mask)).map_or(0, u64::from)
+}
+
+/// Reaches XCR0, which ring 3 shall not: XSAVE is on in CR4 only while we need it.
+fn with_xsave<T>(work: impl FnOnce() -> T) -> T {
     let cr4 = Cr4::read();
-    // SAFETY: exists by CPUID.
+    // SAFETY: exists by CPUID, by the callers.
     unsafe { Cr4::write(cr4 | Cr4Flags::OSXSAVE) };
-    // SAFETY: bit 0 alone is always valid.
+    let result = work();
+    // SAFETY: back to what it was.
+    unsafe { Cr4::write(cr4) };
+    result
+}
+
+fn get_xcr0() -> u64 {
+    let (low, high): (u64, u64);
+    // SAFETY: XSAVE is on, by the callers.
     unsafe {
         asm!(
-            "xsetbv", in("ecx") 0, in("eax") 1, in("edx") 0,
+            "xgetbv", in("ecx") 0, out("rax") low, out("rdx") high,
             options(nostack, nomem, preserves_flags)
         );
     };
-    // SAFETY: back to what it was.
-    unsafe { Cr4::write(cr4) };
+    high << 32 | low
+}
+
+fn set_xcr0(value: u64) {
+    // SAFETY: XSAVE is on, by the callers; the value is one that the architecture takes.
+    unsafe {
+        asm!(
+            "xsetbv", in("ecx") 0, in("rax") value, in("edx") 0,
+            options(nostack, nomem, preserves_flags)
+        );
+    };
 }
 
 /// Empties the protection-key register, which a guest can turn on in CR4 though it is not shown.
@@ -788,12 +859,26 @@ fn clear_protection_keys() {
     unsafe { Cr4::write(cr4) };
 }
 
-/// Lets us use x87 and SSE; answers CR0 as it was.
-fn with_fpu() -> Cr0Flags {
-    let cr0 = Cr0::read();
+/// Lets us use x87, SSE and what XSAVE has; answers CR0, CR4 and XCR0 as they were.
+fn with_fpu() -> (Cr0Flags, Cr4Flags, u64) {
+    let (cr0, cr4, mut xcr0) = (Cr0::read(), Cr4::read(), 1);
     // SAFETY: only what keeps ring 3 from these registers changes, until it is set again.
     unsafe { Cr0::write(cr0 - Cr0Flags::EMULATE_COPROCESSOR - Cr0Flags::TASK_SWITCHED) };
-    cr0
+    if shared().xcr0 != 0 {
+        // SAFETY: exists by CPUID; until it is set again.
+        unsafe { Cr4::write(cr4 | Cr4Flags::OSXSAVE) };
+        xcr0 = get_xcr0();
+        set_xcr0(shared().xcr0);
+    }
+    (cr0, cr4, xcr0)
+}
+
+/// Ends what [`with_fpu`] began; XCR0 stays as that set it.
+fn without_fpu(cr0: Cr0Flags, cr4: Cr4Flags) {
+    // SAFETY: back to what it was.
+    unsafe { Cr0::write(cr0) };
+    // SAFETY: back to what it was.
+    unsafe { Cr4::write(cr4) };
 }
 
 /// The interrupt that ended a guest's run.

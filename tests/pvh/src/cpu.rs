@@ -215,6 +215,25 @@ pub fn swap_sse(new: u64) -> u64 {
     old
 }
 
+/// Turns XSAVE on.
+pub fn allow_xsave() {
+    // SAFETY: exists by CPUID.
+    unsafe { asm!("mov {0}, cr4", "or {0}, 0x40000", "mov cr4, {0}", out(reg) _) };
+}
+
+/// Reads and writes the upper half of a register of AVX.
+pub fn swap_avx(new: u64) -> u64 {
+    let old;
+    // SAFETY: this program is built without AVX; it is on.
+    unsafe {
+        asm!(
+            "vextracti128 xmm6, ymm5, 1", "movq {0}, xmm6", "movq xmm6, {1}",
+            "vinserti128 ymm5, ymm5, xmm6, 1", out(reg) old, in(reg) new
+        );
+    };
+    old
+}
+
 /// Reads a byte from an I/O port.
 pub fn inb(port: u16) -> u8 {
     let value;

@@ -190,8 +190,29 @@ fn registers(c: &mut Checks) {
     c.that(!cpu::xsetbv(1), "XSETBV without OSXSAVE");
     c.that(cpu::swap_breakpoints(0x1111) == [0; 4], "DR0 to DR3 begin empty");
     c.same(cpu::swap_sse(0x2222), 0, "so does SSE");
+    if extended_state(c) {
+        c.same(cpu::swap_avx(0x6666), 0, "so does AVX");
+    }
     c.same(cpu::inb(0x42), 0, "a counter that stands");
     c.same(cpu::inb(0x3f8), 0xff, "no serial port");
+}
+
+/// XCR0 by the architecture's rules, and what CPUID says of it; whether AVX can be used now.
+fn extended_state(c: &mut Checks) -> bool {
+    let ecx = || cpuid(1, 0)[2];
+    let [known, size, most, _] = cpuid(0xd, 0);
+    if ecx() & 1 << 26 == 0 {
+        c.that(ecx() & 7 << 27 == 0 && known == 0, "no XSAVE, and nothing of it");
+        return false;
+    }
+    c.that(size == 576 && most >= size && known & 3 == 3, "x87 alone is on at first");
+    cpu::allow_xsave();
+    c.that(ecx() & 1 << 27 != 0, "OSXSAVE follows CR4");
+    for wrong in [0, 2, 5, 6, 0x27, 1 << 9 | 3] {
+        c.that(!cpu::xsetbv(wrong), "XCR0 has rules");
+    }
+    c.that(cpu::xsetbv(3) && cpu::xsetbv(known) && cpuid(0xd, 0)[1] == most, "all of it");
+    known & 4 != 0
 }
 
 /// §3.
@@ -302,6 +323,9 @@ fn second_processor(c: &mut Checks) {
     c.that(cpu::swap_breakpoints(0) == [0x1111; 4], "DR0 to DR3 are this processor's");
     c.same(cpu::swap_sse(0), 0x2222, "so is SSE");
     c.that(cpu::rdtscp() == has_rdtscp().then_some(0x5555), "so is TSC_AUX");
+    if cpuid(0xd, 0)[0] & 4 != 0 {
+        c.same(cpu::swap_avx(0), 0x6666, "so is AVX");
+    }
 }
 
 /// The second processor: notes how far it is.
@@ -317,15 +341,29 @@ extern "C" fn second() -> ! {
         && cpuid(0x4000_0004, 0)[1] == 1
         && cpu::rdtscp().unwrap_or(0) == 0
         && cpu::swap_breakpoints(0x3333) == [0; 4]
-        && cpu::swap_sse(0x4444) == 0;
+        && cpu::swap_sse(0x4444) == 0
+        && second_avx(0x7777) == 0;
     word.store(u64::from(is_sound), Ordering::SeqCst);
     cpu::wait();
     word.store(2, Ordering::SeqCst);
     cpu::wait();
     word.store(3, Ordering::SeqCst);
-    let is_kept = cpu::swap_breakpoints(0) == [0x3333; 4] && cpu::swap_sse(0) == 0x4444;
+    let is_kept = cpu::swap_breakpoints(0) == [0x3333; 4]
+        && cpu::swap_sse(0) == 0x4444
+        && [0, 0x7777].contains(&second_avx(0));
     word.fetch_add(u64::from(is_kept), Ordering::SeqCst);
     cpu::stop()
+}
+
+/// The same for AVX, where there is any: XCR0 is each processor's own.
+fn second_avx(new: u64) -> u64 {
+    let [known, size, most, _] = cpuid(0xd, 0);
+    if known & 4 == 0 {
+        return 0;
+    }
+    cpu::allow_xsave();
+    let is_fresh = new == 0 && size == most || new != 0 && size == 576;
+    if is_fresh && cpu::xsetbv(known) { cpu::swap_avx(new) } else { u64::MAX }
 }
 
 /// Ticks of each way to the core and back.

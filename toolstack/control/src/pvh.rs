@@ -35,7 +35,7 @@ const LOAD_BYTES: usize = 65_536;
 /// Ramdisks and start info begin at such addresses.
 const ALIGN: u64 = 2 << 20;
 /// What the core keeps for a domain beside its memory and page tables for that: page tables for the
-/// places above, two frames for each vCPU, grant tables, event ports.
+/// places above, three frames for each vCPU, grant tables, event ports.
 const OVERHEAD_PAGES: u32 = 192;
 
 /// Pages that a domain with so much memory is charged in all.

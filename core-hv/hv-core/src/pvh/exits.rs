@@ -8,7 +8,7 @@ use super::walk::translate;
 use super::{Unlisted, lapic};
 use crate::domain::Cause;
 use crate::frame::Mfn;
-use crate::platform::{CpuId, Event, GuestExit, Platform, Start};
+use crate::platform::{CpuId, Event, GuestExit, GuestMsr, Platform, Start};
 use crate::state::Core;
 use crate::vcpu::{VcpuId, Wait};
 use axolotl_abi::control::{
@@ -20,6 +20,7 @@ use xen_abi::{DomainId, Gfn};
 
 const INTERRUPTS_ON: u64 = 1 << 9;
 const DOUBLE_FAULT: u8 = 8;
+const CR4_OSXSAVE: u64 = 1 << 18;
 
 const DELIVERY_FIXED: u32 = 0;
 const DELIVERY_LOWEST: u32 = 1;
@@ -72,8 +73,8 @@ impl<P: Platform> Core<P> {
             GuestExit::Memory { gpa, implicit, .. } => {
                 self.guest_memory(p, v, state, gpa, implicit);
             }
-            // No register that it would save or restore is shown.
-            GuestExit::SetXcr | GuestExit::Undefined => {
+            GuestExit::SetXcr => self.guest_xsetbv(p, v, state),
+            GuestExit::Undefined => {
                 P::inject(state, Event::Exception(6, None));
             }
             GuestExit::Exception { vector, error } => {
@@ -101,18 +102,38 @@ impl<P: Platform> Core<P> {
     }
 
     fn guest_cpuid(&mut self, p: &mut P, v: VcpuId, state: &mut P::Vcpu) {
+        let leaf = low(P::registers(state).rax);
         let asker = Asker {
             vcpu: v.index,
             apic_id: Lapic::id(v.index),
             domain: v.domain,
             incarnation: self.me(v.domain).incarnation,
             tsc_khz: u32::try_from(p.clock().tsc_khz).unwrap_or(u32::MAX),
+            extended: p.extended_state(),
+            xcr0: if leaf == 0xd { P::guest_msr(state, GuestMsr::Xcr0) } else { 1 },
+            os_xsave: self.vcpu(v).virt.mode.cr4 & CR4_OSXSAVE != 0,
         };
         let r = P::registers_mut(state);
         let host = |leaf, subleaf| p.cpuid(leaf, subleaf);
-        let answer = cpuid::answer(low(r.rax), low(r.rcx), &asker, host);
+        let answer = cpuid::answer(leaf, low(r.rcx), &asker, host);
         [r.rax, r.rbx, r.rcx, r.rdx] = answer.map(u64::from);
         self.skip(p, v, state, 2);
+    }
+
+    /// XSETBV: APM volume 4, and volume 2, section 11.5.2, for what XCR0 can be.
+    fn guest_xsetbv(&self, p: &P, v: VcpuId, state: &mut P::Vcpu) {
+        let mode = &self.vcpu(v).virt.mode;
+        let known = p.extended_state();
+        if known == 0 || mode.cr4 & CR4_OSXSAVE == 0 {
+            return P::inject(state, Event::Exception(6, None));
+        }
+        let r = P::registers(state);
+        let value = r.rax & 0xffff_ffff | r.rdx << 32;
+        if mode.cpl != 0 || low(r.rcx) != 0 || !cpuid::is_xcr0(value, known) {
+            return P::inject(state, Event::Exception(13, Some(0)));
+        }
+        P::set_guest_msr(state, GuestMsr::Xcr0, value);
+        self.skip(p, v, state, 3);
     }
 
     /// The bytes of the instruction that a vCPU stopped at, as far as they can be read.
