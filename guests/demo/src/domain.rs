@@ -22,6 +22,11 @@ const FRAMES: netfront::Config = netfront::Config {
     fragment: 4096,
     grants: netfront::GrantPolicy::Keep,
     split_events: true,
+    queues: 1,
+    // smoltcp checks the sums of all that it gets, and wants frames.
+    takes_blank: false,
+    takes_long: false,
+    filter: false,
 };
 /// How often unanswered requests are looked at. Nothing else wakes us for an answer, and a pause
 /// shall not look longer than it was.
