@@ -182,12 +182,28 @@ impl Page {
     #[inline]
     pub fn read(&self, offset: usize, buffer: &mut [u8]) {
         assert!(buffer.len() <= PAGE_SIZE && offset <= PAGE_SIZE - buffer.len());
+        let Edges { head, body } = Edges::of(offset, buffer.len());
+        let (head, rest) = buffer.split_at_mut(head);
+        let (body, tail) = rest.split_at_mut(body);
+        self.read_edge(offset, head);
+        let at = offset + head.len();
+        let (chunks, _) = body.as_chunks_mut();
+        let words = self.words(at, chunks.len());
+        for (chunk, word) in chunks.iter_mut().zip(words) {
+            *chunk = word.load(Ordering::Relaxed).to_ne_bytes();
+        }
+        self.read_edge(at + body.len(), tail);
+    }
+
+    /// Copies a few bytes, on one side of whole words.
+    #[inline]
+    fn read_edge(&self, offset: usize, buffer: &mut [u8]) {
+        if !buffer.is_empty() {
+            announce();
+        }
         let (mut at, mut rest) = (offset, buffer);
         while !rest.is_empty() {
             let step = step(at, rest.len());
-            if at == offset || step == rest.len() {
-                announce();
-            }
             let (part, tail) = core::mem::take(&mut rest).split_at_mut(step);
             match step {
                 8 => part.copy_from_slice(&self.word64(at).load(Ordering::Relaxed).to_ne_bytes()),
@@ -203,12 +219,27 @@ impl Page {
     #[inline]
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(bytes.len() <= PAGE_SIZE && offset <= PAGE_SIZE - bytes.len());
+        let Edges { head, body } = Edges::of(offset, bytes.len());
+        let (head, rest) = bytes.split_at(head);
+        let (body, tail) = rest.split_at(body);
+        self.write_edge(offset, head);
+        let at = offset + head.len();
+        let (chunks, _) = body.as_chunks();
+        for (chunk, word) in chunks.iter().zip(self.words(at, chunks.len())) {
+            word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+        }
+        self.write_edge(at + body.len(), tail);
+    }
+
+    /// Copies a few bytes, on one side of whole words.
+    #[inline]
+    fn write_edge(&self, offset: usize, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            announce();
+        }
         let (mut at, mut rest) = (offset, bytes);
         while !rest.is_empty() {
             let step = step(at, rest.len());
-            if at == offset || step == rest.len() {
-                announce();
-            }
             let (part, tail) = rest.split_at(step);
             match *part {
                 [a, b, c, d, e, f, g, h] => {
@@ -225,6 +256,18 @@ impl Page {
         }
     }
 
+    /// So many words from `offset` on.
+    #[inline]
+    fn words(&self, offset: usize, count: usize) -> &[AtomicU64] {
+        if count == 0 {
+            return &[];
+        }
+        assert!(count <= (PAGE_SIZE - offset) / 8);
+        // SAFETY: in bounds by the assertion and aligned by `at`; atomics may be shared, and the
+        // memory lives as long as this handle.
+        unsafe { core::slice::from_raw_parts(self.at::<AtomicU64>(offset), count) }
+    }
+
     /// Fills the page with zeros.
     pub fn clear(&self) {
         announce();
@@ -239,6 +282,26 @@ impl Page {
 fn announce() {
     #[cfg(feature = "sim")]
     crate::sim::access();
+}
+
+/// The bytes of a copy that are its first accesses, and those that follow in whole words. Some
+/// more follow those: there is an announced access at both ends of a copy that needs several.
+struct Edges {
+    head: usize,
+    body: usize,
+}
+
+impl Edges {
+    #[inline]
+    const fn of(offset: usize, len: usize) -> Self {
+        let to_word = offset.wrapping_neg() % 8;
+        // Where the copy starts at a word, that word is the first access.
+        let head = if to_word == 0 { 8 } else { to_word };
+        if len <= head {
+            return Self { head: len, body: 0 };
+        }
+        Self { head, body: (len - head - 1) / 8 * 8 }
+    }
 }
 
 /// How many of the next `len` bytes at `offset` one access can copy.
