@@ -231,14 +231,14 @@ impl Sum {
             self.odd = false;
             bytes = rest;
         }
-        let mut words = bytes.chunks_exact(4);
-        for word in &mut words {
-            self.total += u64::from(u32::from_be_bytes([word[0], word[1], word[2], word[3]]));
-        }
-        let mut tail = [0_u8; 4];
-        let rest = words.remainder();
+        let (words, rest) = bytes.as_chunks();
+        let mut tail = [0; 8];
         tail[..rest.len()].copy_from_slice(rest);
-        self.total += u64::from(u32::from_be_bytes(tail));
+        for word in words.iter().chain([&tail]) {
+            // Half words: their carries gather in the upper half, for 2^32 words.
+            let word = u64::from_be_bytes(*word);
+            self.total += (word >> 32) + (word & 0xffff_ffff);
+        }
         self.odd = rest.len() % 2 == 1;
     }
 

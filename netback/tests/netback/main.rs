@@ -1,5 +1,6 @@
 //! Backend and frontend together, with a store and a card, in one process.
 
+mod cost;
 mod groups;
 mod liars;
 mod offloads;
