@@ -158,20 +158,20 @@ pub fn pause(domid: DomainId) -> Result<(), Errno> {
     until_done(PAUSE, &mut DomainOp { domid })
 }
 
-/// Takes a domain away.
+/// Takes a domain away. It may be large: this is one step.
 ///
 /// # Errors
-/// `ESRCH`.
+/// `EAGAIN` when there are more steps, `EBUSY` while others use its pages, `ESRCH`.
 pub fn destroy(domid: DomainId) -> Result<(), Errno> {
-    until_done(DESTROY, &mut DomainOp { domid })
+    call(DESTROY, &mut DomainOp { domid })
 }
 
-/// Empties a domain for its next incarnation.
+/// Empties a domain for its next incarnation. It may be large: this is one step.
 ///
 /// # Errors
-/// `ESRCH`, or `EINVAL` while it is being built.
+/// `EAGAIN` when there are more steps, `ESRCH`, or `EINVAL` while it is being built.
 pub fn restart(domid: DomainId) -> Result<(), Errno> {
-    until_done(RESTART, &mut DomainOp { domid })
+    call(RESTART, &mut DomainOp { domid })
 }
 
 /// Makes a domain's next instruction fault.

@@ -23,8 +23,6 @@ use xenbus::device::DeviceKind;
 
 /// Bytes of own messages that are kept for `axl console control`.
 const OWN_LOG: usize = 16 * 1024;
-/// How long a destruction that is not finished waits for its next try.
-const DESTROY_RETRY_NS: u64 = 5_000_000;
 /// Console bytes of one domain that are taken before others get their turn.
 const CONSOLE_SHARE: usize = 4096;
 
@@ -105,7 +103,6 @@ pub struct Control<'b, H, T> {
     pub(crate) outgoing: VecDeque<u8>,
     pub(crate) node_requests: usize,
     pub(crate) started_after_ns: Option<u64>,
-    retry_destroy_at: Option<u64>,
 }
 
 impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
@@ -130,7 +127,6 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
             outgoing: VecDeque::new(),
             node_requests: 0,
             started_after_ns: None,
-            retry_destroy_at: None,
         };
         control.boot();
         Ok(control)
@@ -197,9 +193,10 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
             _ => None,
         });
         let lines = self.domains.iter().filter_map(|managed| managed.console.deadline());
-        let filling = self.domains.iter().any(|managed| managed.filling.is_some());
-        let delayed = delayed.chain(filling.then(|| self.hv.now_ns()));
-        delayed.chain(lines).chain(self.retry_destroy_at).min()
+        // These go on turn by turn.
+        let goes_on = |it: &Managed<'_>| it.filling.is_some() || it.phase == Phase::Destroying;
+        let now = self.domains.iter().any(goes_on).then(|| self.hv.now_ns());
+        delayed.chain(lines).chain(now).min()
     }
 
     /// Takes a byte that `axl` sent.
@@ -536,28 +533,21 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
                 self.domains[at].phase = Phase::Gone;
                 self.say_of(at, "is destroyed");
             }
-            // Also while a backend still uses pages that it granted.
-            Err(Errno::EAGAIN | Errno::EBUSY) => {
-                let next = self.hv.now_ns().saturating_add(DESTROY_RETRY_NS);
-                self.retry_destroy_at = Some(next);
-            }
+            // The next step comes in the next turn.
+            Err(Errno::EAGAIN) => {}
             Err(errno) => self.hold(at, format!("cannot be destroyed: {errno}")),
         }
     }
 
     fn expire_timers(&mut self) {
         let now = self.hv.now_ns();
-        let retry = self.retry_destroy_at.is_some_and(|due| due <= now);
-        if retry {
-            self.retry_destroy_at = None;
-        }
         for at in 0..self.domains.len() {
             match self.domains[at].phase {
                 Phase::Delayed(until) if until <= now => {
                     self.restart(at);
                     self.say_of(at, "is restarted");
                 }
-                Phase::Destroying if retry => self.try_destroy(at),
+                Phase::Destroying => self.try_destroy(at),
                 _ => {}
             }
             let managed = &mut self.domains[at];
