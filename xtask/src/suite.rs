@@ -9,9 +9,10 @@ use std::process::Stdio;
 use std::time::Instant;
 
 /// Systems that the tests boot.
-const SYSTEMS: [&str; 7] = [
+const SYSTEMS: [&str; 8] = [
     "default",
     "two-nics",
+    "virtio-net",
     "selftest",
     "pingpong",
     "disktest-nvme",
