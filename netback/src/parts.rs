@@ -63,6 +63,9 @@ impl<'a> Cursor<'a> {
 }
 
 /// Sets the parts' lengths to what `len` bytes take of them, which are as long as their room is.
+///
+/// # Panics
+/// When there is not room for so many.
 pub fn fill(parts: &mut [Buffer], len: usize) {
     let mut left = len;
     for part in parts {
@@ -70,7 +73,7 @@ pub fn fill(parts: &mut [Buffer], len: usize) {
         part.len = u16::try_from(taken).unwrap_or(part.len);
         left -= taken;
     }
-    debug_assert_eq!(left, 0, "a packet has the room that it needs");
+    assert_eq!(left, 0, "a packet gets the room that was asked for");
 }
 
 /// Copies bytes out of a packet, as many as there are.

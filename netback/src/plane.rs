@@ -223,7 +223,10 @@ impl Plane {
 
     fn deliver_received(&mut self, received: &Received, now_ns: u64) {
         let parts = core::slice::from_ref(&received.buffer);
-        let len = usize::from(received.buffer.len).min(MAX_FRAME);
+        let len = usize::from(received.buffer.len);
+        if len > MAX_FRAME {
+            return;
+        }
         let Some((destination, source)) = addresses(parts, len) else { return };
         let verdict = self.switch.forward(now_ns, Port::Nic, source, destination);
         let layers = match received.checksum {
@@ -457,11 +460,14 @@ impl Plane {
             .get_mut(*place)
             .and_then(|station| station.as_mut()?.link.as_mut())
             .filter(|link| link.serial == *serial);
-        let card = nic.offloads();
+        // A card without a link would keep the batch, and all others, waiting.
+        let card = nic.link_up().then(|| nic.offloads());
         while *done < *count {
             let taken = &mut packets[*done];
-            if link.is_some() && taken.outside && !cutter.send(nic, taken, card) {
-                break;
+            match (&mut link, card) {
+                (Some(_), Some(card)) if taken.outside && !cutter.send(nic, taken, card) => break,
+                (Some(link), None) if taken.outside => link.stats.tx_dropped += 1,
+                _ => {}
             }
             cutter.cut = None;
             taken.unstage(nic, staging);

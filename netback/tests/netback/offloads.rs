@@ -114,6 +114,24 @@ fn a_packet_that_is_cut_waits_for_the_card() {
     rig.close_all();
 }
 
+/// The link goes down while a packet is being cut: nobody waits for the card any more.
+#[test]
+fn a_packet_that_is_cut_does_not_wait_for_the_link() {
+    let mut rig = rig(Offloads::default(), &[linux(), linux(), linux()]);
+    rig.outside.borrow_mut().stuck = true;
+    rig.guests[0].send_long(OUTSIDE_MAC, Shape::tcp(false, 0, 65_000), 1400);
+    rig.run();
+    rig.outside.borrow_mut().link_down = true;
+    rig.guests[0].send(frame(guest_mac(4), guest_mac(3), 1, 100));
+    rig.guests[1].send(frame(guest_mac(5), guest_mac(4), 2, 100));
+    rig.run();
+    assert_eq!(rig.guests[1].inbox, [frame(guest_mac(4), guest_mac(3), 1, 100)]);
+    assert_eq!(rig.guests[2].inbox, [frame(guest_mac(5), guest_mac(4), 2, 100)]);
+    assert_eq!(rig.vif(3).stats.tx_dropped, 1);
+    rig.outside.borrow_mut().stuck = false;
+    rig.close_all();
+}
+
 /// The guest goes while its packet is being cut; its successor's ring is not answered for it.
 #[test]
 fn a_guest_that_goes_takes_its_unfinished_packets_along() {
