@@ -428,13 +428,8 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         let Ok(death) = self.hv.death(domid) else {
             return self.hold(at, "died, and the core does not say why".into());
         };
-        // Before the next incarnation writes into the same ring.
-        self.read_console(at);
-        if self.domains[at].console_port.take().is_some() {
-            self.hv.leave_console(domid);
-        }
+        self.end_console(at);
         let managed = &mut self.domains[at];
-        managed.tail_at_death = managed.console.tail();
         let decision = managed.history.decide(&managed.domain, &death, now);
         self.carry_out(at, &death, decision, now);
         if self.domains[at].is_store() {
@@ -523,6 +518,7 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
         // It must not run on with its nodes gone. One that is dead cannot be paused.
         let domid = managed.domid;
         let _ = until_done(|| self.hv.pause(domid));
+        self.end_console(at);
         self.store.transaction(Tag::Removed(at), ops);
     }
 
@@ -556,6 +552,17 @@ impl<'b, H: Hypervisor, T: Transport> Control<'b, H, T> {
     }
 
     // ---- consoles ----
+
+    /// Takes the last words of an incarnation, before the next one writes into the same ring, and
+    /// lets go of the ring's page.
+    pub(crate) fn end_console(&mut self, at: usize) {
+        self.read_console(at);
+        let managed = &mut self.domains[at];
+        managed.tail_at_death = managed.console.tail();
+        if managed.console_port.take().is_some() {
+            self.hv.leave_console(managed.domid);
+        }
+    }
 
     /// Takes what a domain wrote to its console.
     pub(crate) fn read_console(&mut self, at: usize) {

@@ -71,6 +71,8 @@ pub struct FakeCore {
     pub fail: Option<(&'static str, Errno)>,
     /// The PCI functions of the machine.
     pub functions: Vec<PciFunction>,
+    /// Whose console rings are mapped.
+    pub consoles: BTreeSet<u16>,
     again_left: u32,
 }
 
@@ -219,7 +221,8 @@ impl Hypervisor for FakeCore {
         Ok(())
     }
 
-    fn console_ring(&mut self, _: DomainId, _: EventPort, _: &mut [u8]) -> Result<usize, Errno> {
+    fn console_ring(&mut self, of: DomainId, _: EventPort, _: &mut [u8]) -> Result<usize, Errno> {
+        self.consoles.insert(of.0);
         Ok(0)
     }
 
@@ -231,7 +234,9 @@ impl Hypervisor for FakeCore {
         Ok(false)
     }
 
-    fn leave_console(&mut self, _: DomainId) {}
+    fn leave_console(&mut self, domid: DomainId) {
+        self.consoles.remove(&domid.0);
+    }
 
     fn set_hvm_param(&mut self, domid: DomainId, _index: u32, _value: u64) -> Result<(), Errno> {
         self.note("set_hvm_param", domid)

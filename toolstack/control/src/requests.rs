@@ -311,8 +311,7 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
         match &self.domains[at].phase {
             Phase::Gone => self.build_again(at),
             Phase::Live | Phase::Delayed(_) | Phase::Ended => {
-                self.read_console(at);
-                self.domains[at].tail_at_death = self.domains[at].console.tail();
+                self.end_console(at);
                 self.restart(at);
             }
             Phase::Held(_) => {

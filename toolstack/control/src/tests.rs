@@ -548,11 +548,17 @@ fn a_driver_restarts_while_a_large_guest_is_filled() {
         assert_eq!((demo.state, demo.incarnation), (STATE_BLOCKED, life));
         assert!(demo.loaded.values().map(Vec::len).sum::<usize>() > 4_500_000, "all of both");
         assert_eq!(rig.control.deadline(), None);
+        rig.control.work(Wake::ALL);
+        assert!(rig.core().consoles.contains(&3), "its console is read");
         rig.core().kill("demo", Some(1), MS);
         rig.control.work(Wake { domains: true, consoles: false });
     }
+    assert!(!rig.core().consoles.contains(&3), "the page of an ended life is let go");
+    rig.settle();
+    assert_eq!(rig.ask(Request::Restart("demo".into())), Response::Done);
+    rig.settle();
     assert_eq!(rig.ask_at_once(Request::Destroy("demo".into())), Response::Done);
-    assert!(!rig.fills("demo"));
+    assert!(rig.core().consoles.is_empty() && !rig.fills("demo"));
     rig.settle();
     assert!(!rig.core().domains.contains_key(&3));
 }
