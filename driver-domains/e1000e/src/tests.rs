@@ -357,7 +357,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => Just(Step::Flush),
         2 => (0_usize..40).prop_map(Step::Transmit),
     ];
-    vec(step, 0..1000)
+    vec(step, 0..700)
 }
 
 /// The driver, its users and the wire, with what each shall see.

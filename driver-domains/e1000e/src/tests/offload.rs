@@ -16,7 +16,7 @@ pub fn packets() -> impl Strategy<Value = (Shape, Offload)> {
         let most = MAX_FRAME - usize::from(headers.end);
         let longest = if cut { MAX_PACKET - usize::from(headers.end) } else { most };
         // Long ones are rare: they take long to judge.
-        let longest = if mss.is_multiple_of(8) { longest } else { longest.min(9000) };
+        let longest = if mss.is_multiple_of(32) { longest } else { longest.min(5000) };
         let len = usize::from(len) % longest + 1;
         let shape = Shape { payload: Shape::tcp(len).payload, ..shape };
         let mss = (usize::from(mss) % most + 1).max(len / 50);
@@ -218,6 +218,22 @@ fn what_the_device_would_stumble_over_is_refused() {
     assert!(send_packet(&mut device, &good, segment(&good, 1000), 0));
     device.flush();
     judge(&good, segment(&good, 1000), &mut model.sent().into());
+}
+
+#[test]
+fn a_packet_with_a_part_of_impossible_length_is_refused() {
+    let (model, mut device) = started(Dialect::Datasheet);
+    let shape = Shape::tcp(9000);
+    for (part, len) in [(1, 0), (1, 4097), (2, u16::MAX), (0, 0)] {
+        let mut packet = parts(&mut device, &shape.blank(), 4096).expect("buffers");
+        packet[part].len = len;
+        device.transmit(packet.drain(..), segment(&shape, 1000));
+    }
+    device.flush();
+    assert!(model.sent().is_empty());
+    assert_eq!(device.statistics().counters.refused, 4);
+    let free = device.transmitter.buffers.buffers().held(Holder::Free);
+    assert_eq!(free, usize::from(TRANSMIT_BUFFERS));
 }
 
 #[test]

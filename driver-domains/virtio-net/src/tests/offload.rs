@@ -205,6 +205,21 @@ fn the_device_says_what_it_knows_of_checksums() {
     assert_eq!(device.counters().bad_headers, 8 * 4);
 }
 
+/// A sum of 0 means in UDP that there is none (RFC 768), so all ones are stored.
+#[test]
+fn a_finished_checksum_of_udp_is_never_zero() {
+    let model = model(EVERYTHING, 16);
+    let mut device = start(&model);
+    let mut shape = Shape { ipv6: true, tcp: false, ip_options: 1, ..Shape::tcp(2) };
+    shape.payload = vec![0; 2];
+    let field = usize::from(shape.headers().l4) + 6;
+    shape.payload = shape.finished()[field..field + 2].to_vec();
+    let fields = [NEEDS_CSUM.into(), shape.headers().l4, 6];
+    let (_, found) = arrive(&mut device, &model, fields, &shape.blank()).expect("a frame");
+    assert_eq!(found[field..field + 2], [0xff; 2]);
+    assert_eq!(found, shape.finished());
+}
+
 #[test]
 fn flags_that_were_not_agreed_on_mean_nothing() {
     let model = model(EVERYTHING & !FEATURE_GUEST_CSUM, 16);
