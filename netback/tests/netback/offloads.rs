@@ -420,6 +420,26 @@ fn long_packets_wait_for_posted_buffers() {
     rig.close_all();
 }
 
+/// The extra info has a buffer, too: two are left where three are needed.
+#[test]
+fn a_long_packet_waits_for_the_last_buffer() {
+    let mut rig = rig(OFFLOADS, &[linux(), Config { rx_buffers: 5, ..linux() }]);
+    rig.guests[1].deaf = true;
+    let shapes = [Shape::tcp(false, 0, 5000), Shape::tcp(false, 5000, 5000)];
+    for shape in shapes {
+        rig.guests[0].send_long(guest_mac(4), shape, 1400);
+    }
+    rig.run();
+    assert_eq!(rig.guests[1].front.in_flight().1, 5, "nothing was taken");
+    rig.guests[1].deaf = false;
+    rig.guests[1].wake();
+    rig.run();
+    let expected = shapes.map(|shape| shape.blank(guest_mac(4), guest_mac(3)));
+    assert_eq!(rig.guests[1].inbox, expected);
+    assert!(rig.guests[1].known.iter().all(|it| it.cutting.is_some()));
+    rig.close_all();
+}
+
 /// One that posts fewer buffers than it promised loses long packets, and nothing else for good.
 #[test]
 fn a_packet_for_which_there_is_never_room_does_not_block_others() {

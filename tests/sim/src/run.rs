@@ -461,7 +461,7 @@ fn guest_blueprint(world: &Rc<World>, id: DomainId, work: Work, status: Rc<Statu
         id,
         name: ["guest0", "guest1", "guest2"][usize::from(id.0 - GUEST) % 3],
         class: CLASS_GUEST,
-        heap_pages: 160,
+        heap_pages: 300,
         preserved_pages: 0,
         device: None,
         mortal: false,
