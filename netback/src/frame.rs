@@ -1,7 +1,7 @@
 //! What is inside a packet: addresses, layers, checksums, flows.
 //!
 //! Everything here looks at a private copy of the packet's first bytes, its *head*. Where the
-//! rest is, in which pages, is [`crate::parts`]' matter.
+//! rest is, in which pages, is the data path's matter.
 //!
 //! A *blank* checksum is one that its sender left to us: the field holds the sum of the pseudo
 //! header only (`NETTXF_csum_blank`). Sources: RFC 1071 (the sum), RFC 768 (a UDP sum of 0 is sent
