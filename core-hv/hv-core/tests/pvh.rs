@@ -51,7 +51,7 @@ impl Guest {
     fn on(vcpus: u32, cpus: usize) -> Self {
         let mut system = System::with(Config { cpus, ..Config::default() });
         let mut plan = System::plan("guest");
-        (plan.kind, plan.vcpus, plan.max_pages) = (KIND_PVH, vcpus, 160);
+        (plan.kind, plan.vcpus, plan.max_pages) = (KIND_PVH, vcpus, 240);
         let (result, plan) = system.control(control::CREATE, plan);
         assert_eq!(result, 0, "CREATE");
         let id = plan.domid;
@@ -380,6 +380,43 @@ fn memory_goes_back_and_forth() {
     assert_eq!(guest.system.info(guest.id).pages, pages);
     assert_eq!(guest.system.get::<[u8; 16]>(guest.id, 25 * 4096), [0; 16]);
     guest.system.check();
+}
+
+/// A handler's own hypercalls would end what is half done, or go on with it.
+#[test]
+fn no_event_comes_between_two_parts_of_a_hypercall() {
+    let mut guest = Guest::new(1);
+    guest.set_callback();
+    let op = BindIpi { vcpu: 0, port: EventPort(0) };
+    let (_, op) = guest.call_with(0, EVENT_CHANNEL_OP, [event::BIND_IPI, 0], op);
+    guest.system.write(guest.id, SCRATCH + 8, PortOp { port: op.port }.as_bytes());
+    let gfns: Vec<u64> = (0x100..0x100 + 70).collect();
+    guest.system.write(guest.id, SCRATCH + 256, gfns.as_bytes());
+    let mut list = Reservation::new_zeroed();
+    (list.extent_start, list.nr_extents, list.domid) = (SCRATCH + 256, 70, DomainId::SELF);
+    guest.system.write(guest.id, SCRATCH + 32, list.as_bytes());
+    let start = |vcpu: &mut FakeVcpu, number, command, argument| {
+        let r = &mut vcpu.registers;
+        (r.rax, r.rdi, r.rsi) = (number, command, argument);
+        Exit::Guest(GuestExit::Hypercall)
+    };
+    // An event waits for interrupts to come on when a long hypercall begins.
+    guest.act(0, move |vcpu| {
+        vcpu.registers.rflags &= !INTERRUPTS_ON;
+        start(vcpu, EVENT_CHANNEL_OP, event::SEND, SCRATCH + 8)
+    });
+    guest.told(0);
+    guest.act(0, move |vcpu| start(vcpu, MEMORY_OP, POPULATE_PHYSMAP, SCRATCH + 32));
+    assert!(guest.system.page(guest.id, Gfn(0x100)).is_some());
+    assert!(guest.system.page(guest.id, Gfn(0x100 + 69)).is_none(), "in parts");
+    guest.act(0, |_| Exit::Interrupted);
+    assert_eq!(guest.told(0), []);
+    guest.act(0, move |vcpu| start(vcpu, MEMORY_OP, POPULATE_PHYSMAP, SCRATCH + 32));
+    guest.act(0, |vcpu| {
+        assert_eq!(vcpu.registers.rax, 70, "all of them");
+        Exit::Interrupted
+    });
+    assert_eq!(guest.told(0), [Event::Interrupt(VECTOR)]);
 }
 
 #[test]

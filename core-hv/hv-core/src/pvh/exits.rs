@@ -222,8 +222,9 @@ impl<P: Platform> Core<P> {
     /// Tells a vCPU that is about to run what it is to be told first. Answers whether it shall stop
     /// as soon as it can be told more.
     pub(crate) fn prepare(&mut self, p: &mut P, v: VcpuId, state: &mut P::Vcpu) -> bool {
-        if self.me(v.domain).alone.is_some() {
-            // Between two parts of a hypercall: its handlers might wait for who cannot run.
+        if self.me(v.domain).alone.is_some() || self.vcpu(v).progress != 0 {
+            // Between two parts of a hypercall: its handlers might wait for who cannot run, and their
+            // own hypercalls know nothing of the parts that are done.
             return false;
         }
         let ready = P::readiness(state);
@@ -259,6 +260,7 @@ impl<P: Platform> Core<P> {
         let vcpu = self.vcpu_mut(v);
         vcpu.virt.lapic = Lapic::new();
         vcpu.virt.nmi = false;
+        vcpu.progress = 0;
         vcpu.wait = Wait::Start;
         if let Some(page) = vcpu.virt.start_page.take() {
             P::start_guest(state, Start::Page(page));
