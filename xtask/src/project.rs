@@ -7,7 +7,7 @@ use std::process::Command;
 /// The target of everything that runs inside the machine.
 pub const TARGET: &str = "x86_64-unknown-none";
 /// The packages that are built for [`TARGET`].
-pub const FREESTANDING: [&str; 15] = [
+pub const FREESTANDING: [&str; 16] = [
     "hv-x86",
     "unikernel",
     "control-domain",
@@ -23,6 +23,7 @@ pub const FREESTANDING: [&str; 15] = [
     "pingpong",
     "pvh",
     "blockbench",
+    "ringbreaker",
 ];
 
 /// The top directory of the checkout.

@@ -42,7 +42,8 @@ const MAX_DOMAINS: usize = 60;
 const MAX_EXTRA: usize = 16 * 1024;
 
 /// Unikernel packages that a guest can be made of.
-const GUEST_IMAGES: &[&str] = &["demo-guest", "disktest", "selftest", "pingpong", "blockbench"];
+const GUEST_IMAGES: &[&str] =
+    &["demo-guest", "disktest", "selftest", "ringbreaker", "pingpong", "blockbench"];
 /// The store's package.
 const STORE_IMAGE: &str = "store-domain";
 /// Names that mean something else on the console and to `axl`.
