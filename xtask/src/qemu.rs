@@ -5,7 +5,7 @@ use crate::setup::QEMU;
 use miette::{IntoDiagnostic, miette};
 use std::ffi::OsString;
 use std::io::ErrorKind;
-use std::net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -78,6 +78,8 @@ pub struct BareKernel {
 pub struct Forward {
     /// At the host.
     pub host: SocketAddrV4,
+    /// The guest's address, when the system file names it.
+    pub guest: Option<Ipv4Addr>,
     /// At the guest.
     pub guest_port: u16,
     /// TCP, not UDP.
@@ -301,7 +303,8 @@ fn forwarding(
             forward.host.ip()
         )
     })?;
-    let resolved = Forward { host: forward.host, guest_port: forward.guest_port, tcp, nic };
+    let system::HostForward { host, guest, guest_port, .. } = forward;
+    let resolved = Forward { host, guest, guest_port, tcp, nic };
     Ok((forward.to_string(), resolved))
 }
 
@@ -387,7 +390,6 @@ fn run_probe(firmware: &Path) -> miette::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::Ipv4Addr;
 
     #[test]
     fn a_taken_port_is_noticed_and_a_free_one_found() {
@@ -397,6 +399,20 @@ mod tests {
         assert_eq!(error.expect_err("taken").kind(), ErrorKind::AddrInUse);
         let free = probe_port(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0), true).expect("some");
         assert_ne!(free.port(), 0);
+    }
+
+    /// Several guests behind one card have the same port; their addresses tell them apart.
+    #[test]
+    fn a_forward_keeps_the_guest_that_it_leads_to() {
+        let host = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 2321);
+        for last in [21, 22] {
+            let guest = Some(Ipv4Addr::new(10, 0, 2, last));
+            let protocol = Protocol::Tcp;
+            let forward = system::HostForward { protocol, host, guest, guest_port: 23 };
+            let (text, resolved) = forwarding(&forward, 0, Ports::Free).expect("a free port");
+            assert!(text.ends_with(&format!("-10.0.2.{last}:23")), "{text}");
+            assert_eq!((resolved.guest, resolved.guest_port), (guest, 23));
+        }
     }
 
     /// Two disks on one controller, a third one that is its own; no file's name is an option.

@@ -7,10 +7,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod load;
+
 use axolotl_abi::protocol::DomainState;
 use serde_json::Value;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -91,6 +93,16 @@ impl Platform {
     pub fn shell(&self, nic: usize, limit: Duration) -> Shell {
         let mut forwards = self.machine.forwards.iter();
         let found = forwards.find(|it| it.nic == nic && it.guest_port == guest_shell::PORT);
+        let address = found.expect("the system file forwards the shell's port").host;
+        Shell::connect(SocketAddr::V4(address), limit).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// A shell in the guest with this address, once it answers.
+    #[must_use]
+    pub fn shell_at(&self, guest: Ipv4Addr, limit: Duration) -> Shell {
+        let mut forwards = self.machine.forwards.iter();
+        let port = guest_shell::PORT;
+        let found = forwards.find(|it| it.guest == Some(guest) && it.guest_port == port);
         let address = found.expect("the system file forwards the shell's port").host;
         Shell::connect(SocketAddr::V4(address), limit).unwrap_or_else(|error| panic!("{error}"))
     }
@@ -195,6 +207,13 @@ impl Platform {
     pub fn free_bytes(&self) -> u64 {
         let info = self.axl_json(&["info"]);
         info["free_bytes"].as_u64().unwrap_or_else(|| panic!("no free_bytes in {info}"))
+    }
+
+    /// Bytes that are free, or charged to somebody: a guest may ask for more frames of its grant
+    /// table.
+    #[must_use]
+    pub fn all_bytes(&self) -> u64 {
+        self.free_bytes() + self.domains().iter().map(|it| it.memory_bytes).sum::<u64>()
     }
 
     /// Lines of the console so far.

@@ -1,35 +1,19 @@
 //! Guests with kernels of their own, unmodified from their distribution. `cargo xtask test` gives
 //! a short dose; `cargo xtask linux-soak` and `boot-soak` the full one.
 
+use qemu_tests::load::{self, HOST, Job, Servers, has_apt};
 use qemu_tests::{Listed, Platform, Random, dose};
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use xtask::guest_shell::Shell;
 use xtask::platform::End;
-use xtask::{build, doses, guest_kernel, image_files, project};
+use xtask::{build, doses, project};
 
 const BOOT: Duration = Duration::from_secs(180);
 const MINUTE: Duration = Duration::from_secs(60);
 /// Longest time between two deaths. The shortest is none at all.
 const PAUSE_MS: u64 = 400;
-/// The kernel's log, without a line that one of the jobs causes, and two about processors that stood still:
-/// those of an emulated machine do, when the host has other work.
-const LOG: &str = "dmesg | grep -v -e drop_caches -e clocksource: -e hrtimer:";
 /// Bytes of the file that is downloaded.
 const FILE_BYTES: usize = 16 << 20;
-/// Where QEMU's network has the host.
-const HOST: &str = "10.0.2.2";
-
-/// Whether Debian's packages can be had here; says so if not.
-fn has_apt() -> bool {
-    let has = project::has_program("apt-get") && project::has_program("dpkg-deb");
-    if !has {
-        eprintln!("SKIPPED: the kernel comes by apt, which is not here");
-    }
-    has
-}
 
 /// Debian's cloud kernel finds its processors, its network card behind `net0`, and a shell.
 #[test]
@@ -81,11 +65,14 @@ fn survives(how: End) {
     let built = build::build(&file).expect("a valid system");
     let platform = Platform::boot_built(&built, |options| options);
     let mut shell = platform.shell(0, BOOT);
-    let _servers = start_jobs(&mut shell);
+    let servers = Servers::start(2, FILE_BYTES);
+    load::must(&mut shell, "mkfs.ext4 -q /dev/xvda2 && mkdir /data && mount /dev/xvda2 /data");
+    let jobs = jobs(&servers);
+    load::start_jobs(&mut shell, &jobs);
     // The first death may leave what stays for life, such as its record.
     platform.end("net0", how);
     platform.end("disk0", how);
-    let (memory, before) = (memory(&platform), platform.domains());
+    let (memory, before) = (platform.all_bytes(), platform.domains());
     let (start, mut counts) = (Instant::now(), [0_u64; 2]);
     for _ in 0..ends {
         std::thread::sleep(Duration::from_millis(random.below(PAUSE_MS)));
@@ -94,17 +81,13 @@ fn survives(how: End) {
         platform.end(["net0", "disk0"][victim], how);
     }
     let took = start.elapsed().as_secs();
-    let rounds = end_jobs(&mut shell);
+    let rounds = load::end_jobs(&mut shell, &jobs);
+    check(&mut shell);
     let after = platform.domains();
     assert_eq!(others(&before), others(&after), "only the drivers died");
-    assert_eq!(self::memory(&platform), memory, "frames were leaked");
+    assert_eq!(platform.all_bytes(), memory, "frames were leaked");
     let [net, disk] = counts;
     println!("{how:?}: {net} of net0, {disk} of disk0 in {took} s; rounds: {rounds}");
-}
-
-/// Bytes that are free, or charged to somebody: a guest may ask for more frames of its grant table.
-fn memory(platform: &Platform) -> u64 {
-    platform.free_bytes() + platform.domains().iter().map(|it| it.memory_bytes).sum::<u64>()
 }
 
 /// Everybody's lives but those of the two drivers.
@@ -158,10 +141,10 @@ fn boots_on_one_machine(kernel: &str, vcpus: u32) -> u64 {
         let mut shell = platform.shell(0, BOOT);
         let said = shell.must("nproc; uname -r; ls /dev/xvda2", MINUTE).expect("a shell");
         assert!(said.starts_with(&format!("{vcpus}\n6.")), "{said}");
-        let before = before.get_or_insert_with(|| memory(&platform));
+        let before = before.get_or_insert_with(|| platform.all_bytes());
         end_guest(&platform, &mut shell, how, life);
         if how == "axl destroy" {
-            assert_eq!(memory(&platform), *before, "frames were leaked");
+            assert_eq!(platform.all_bytes(), *before, "frames were leaked");
         }
     }
     ENDS.len() as u64
@@ -191,18 +174,12 @@ fn end_guest(platform: &Platform, shell: &mut Shell, how: &str, life: u64) {
     }
 }
 
-/// What the guest does meanwhile: a name, and a command that fails when anything was wrong.
-fn jobs(ports: &Ports) -> Vec<(&'static str, String)> {
+/// What the guest does meanwhile.
+fn jobs(servers: &Servers) -> Vec<Job> {
     let verify = "--minimal --verify=crc32c --verify_fatal=1 --thread --randrepeat=0";
-    let sum = image_files::sha256(&image_files::pattern(FILE_BYTES));
+    let stream = |server: usize| format!("iperf3 -c {HOST} -p {} -t 15", servers.streams[server]);
     vec![
-        (
-            "direct",
-            format!(
-                "fio {verify} --name=direct --filename=/dev/xvda1 --size=32M --rw=randwrite \
-                 --bsrange=4k-64k --direct=1 --ioengine=libaio --iodepth=16 --do_verify=1"
-            ),
-        ),
+        load::direct("/dev/xvda1", "32M"),
         (
             // Written through the page cache, and read again without what was in it.
             "buffered",
@@ -213,143 +190,17 @@ fn jobs(ports: &Ports) -> Vec<(&'static str, String)> {
                  echo 3 >/proc/sys/vm/drop_caches && fio $files --randseed=$seed --verify_only"
             ),
         ),
-        ("to_host", format!("iperf3 -c {HOST} -p {} -t 15", ports.streams[0])),
-        ("from_host", format!("iperf3 -c {HOST} -p {} -t 15 -R", ports.streams[1])),
-        (
-            "download",
-            format!(
-                "[ \"$(wget -q -O - http://{HOST}:{}/ | sha256sum)\" = '{sum}  -' ]",
-                ports.files
-            ),
-        ),
-        (
-            "upload",
-            format!(
-                "dd if=/dev/urandom of=/tmp/sent bs=1M count=8 && \
-                 [ \"$(nc {HOST} {} </tmp/sent)\" = \"$(sha256sum </tmp/sent | cut -c1-64)\" ]",
-                ports.sums
-            ),
-        ),
+        ("to_host", stream(0)),
+        ("from_host", stream(1) + " -R"),
+        servers.download(),
+        servers.upload(8),
     ]
 }
 
-/// Ports of the host that the guest talks to.
-struct Ports {
-    streams: [u16; 2],
-    files: u16,
-    sums: u16,
-}
-
-/// Programs that end with the test.
-struct Servers(Vec<Child>);
-
-impl Drop for Servers {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// Starts all jobs, each again and again until `/tmp/stop` is there, and waits until each has
-/// begun; then notes what the kernel has said so far.
-fn start_jobs(shell: &mut Shell) -> Servers {
-    let mut servers = Servers(Vec::new());
-    let streams = [(); 2].map(|()| {
-        let (child, port) = stream_server();
-        servers.0.push(child);
-        port
-    });
-    let ports = Ports { streams, files: serve(send_pattern), sums: serve(answer_with_sum) };
-    let must = |shell: &mut Shell, command: &str| {
-        shell.must(command, MINUTE).unwrap_or_else(|error| panic!("{error}"));
-    };
-    must(shell, "mkfs.ext4 -q /dev/xvda2 && mkdir /data && mount /dev/xvda2 /data");
-    for (name, command) in jobs(&ports) {
-        let script = format!(
-            "cat >/tmp/{name}.sh <<'END'\n\
-             touch /tmp/{name}.begun; rounds=0\n\
-             while [ ! -e /tmp/stop ]; do\n\
-                 {{ {command} ; }} >/tmp/{name}.out 2>&1 || {{ mv /tmp/{name}.out /tmp/{name}.failed; break; }}\n\
-                 rounds=$((rounds + 1))\n\
-             done\n\
-             echo $rounds >/tmp/{name}.rounds\n\
-             END\n\
-             sh /tmp/{name}.sh >/dev/null &"
-        );
-        must(shell, &script);
-    }
-    must(
-        shell,
-        &format!(
-            "while [ $(ls /tmp/*.begun | wc -l) -lt 6 ]; do sleep 1; done; {LOG} >/tmp/before"
-        ),
-    );
-    servers
-}
-
-/// Ends the jobs and looks for anything that went wrong. Returns how often each was done.
-fn end_jobs(shell: &mut Shell) -> String {
-    let mut must =
-        |command: &str| shell.must(command, 5 * MINUTE).unwrap_or_else(|error| panic!("{error}"));
-    must(
-        "touch /tmp/stop; while [ $(ls /tmp/*.rounds 2>/dev/null | wc -l) -lt 6 ]; do sleep 1; done",
-    );
-    assert_eq!(must("for log in /tmp/*.failed; do [ ! -e $log ] || tail -n 20 $log; done"), "");
-    assert_eq!(
-        must(&format!("{LOG} >/tmp/after; cmp /tmp/before /tmp/after || dmesg | tail -n 20")),
-        ""
-    );
+/// Looks for anything that went wrong, when the jobs have ended.
+fn check(shell: &mut Shell) {
+    load::check_kernel(shell);
     let errors =
-        "cd /sys/class/net/eth0/statistics && cat *_errors *_dropped | grep -v '^0$' || true";
-    assert_eq!(must(errors), "");
-    assert_eq!(
-        must(
-            "umount /data && e2fsck -f -n /dev/xvda2 2>/dev/null | grep -c -i -e fix -e error || true"
-        ),
-        "0"
-    );
-    let rounds = must("cd /tmp; for job in *.rounds; do echo ${job%.rounds} $(cat $job); done");
-    rounds.replace('\n', ", ")
-}
-
-/// An iperf3 server on the host, and its port.
-fn stream_server() -> (Child, u16) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let port = listener.local_addr().expect("bound").port();
-    drop(listener);
-    let mut command = guest_kernel::host_program("usr/bin/iperf3").expect("Debian's packages");
-    command.args(["-s", "--bind", "127.0.0.1", "-p", &port.to_string()]);
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    (child.expect("iperf3 starts"), port)
-}
-
-/// Lets `client` have every connection to a new port, as long as the test's process lives.
-fn serve(client: fn(TcpStream) -> std::io::Result<()>) -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let port = listener.local_addr().expect("bound").port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
-            // What became of it is for the guest to judge.
-            std::thread::spawn(move || client(stream));
-        }
-    });
-    port
-}
-
-/// Answers a request for a page with the pattern.
-fn send_pattern(mut stream: TcpStream) -> std::io::Result<()> {
-    let mut request = [0; 1024];
-    let _ = stream.read(&mut request)?;
-    let body = image_files::pattern(FILE_BYTES);
-    write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len())?;
-    stream.write_all(&body)
-}
-
-/// Answers all that comes with its sum.
-fn answer_with_sum(mut stream: TcpStream) -> std::io::Result<()> {
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes)?;
-    writeln!(stream, "{}", image_files::sha256(&bytes))
+        "umount /data && e2fsck -f -n /dev/xvda2 2>/dev/null | grep -c -i -e fix -e error || true";
+    assert_eq!(load::must(shell, errors), "0");
 }
