@@ -61,6 +61,15 @@ pub fn linux_soak(kills: u32, restart: bool) -> miette::Result<()> {
     dose("linux-bench", name, KILLS, kills.into())
 }
 
+/// Lets a guest break its rings in `lives` lives while its neighbours work, and kills their drivers
+/// besides.
+///
+/// # Errors
+/// The test fails; it says which promise was broken.
+pub fn neighbour_soak(lives: u32) -> miette::Result<()> {
+    dose("neighbours", "a_guest_that_breaks_its_rings_hurts_nobody", KILLS, lives.into())
+}
+
 /// Boots Debian `boots` times, in all ways that it can be started and ended.
 ///
 /// # Errors

@@ -97,6 +97,13 @@ enum Xtask {
         #[arg(long)]
         restart: bool,
     },
+    /// Lets a guest break its rings in every way while two Debians and the demo guest, behind the same
+    /// network card and disk, work and are checked; then ends neighbours and drivers too.
+    NeighbourSoak {
+        /// In so many lives of that guest.
+        #[arg(long, default_value_t = 300)]
+        lives: u32,
+    },
     /// Boots Debian again and again, with other kernels and processors, and ends it in all ways.
     BootSoak {
         /// How often.
@@ -170,6 +177,7 @@ fn work(task: Xtask) -> miette::Result<()> {
         Xtask::CrashSoak { kills, alternate } => doses::crash_soak(kills, alternate),
         Xtask::DiskSoak { controller, kills } => doses::disk_soak(controller, kills),
         Xtask::LinuxSoak { kills, restart } => doses::linux_soak(kills, restart),
+        Xtask::NeighbourSoak { lives } => doses::neighbour_soak(lives),
         Xtask::BootSoak { boots } => doses::boot_soak(boots),
         Xtask::Selftest { calls } => doses::selftest(calls),
         Xtask::Sim { seeds } => sim::sim(seeds),
