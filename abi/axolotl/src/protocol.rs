@@ -94,6 +94,14 @@ pub enum Request {
         /// What is typed, at most 256 bytes.
         bytes: Vec<u8>,
     },
+    /// Asks a guest to give memory back, or to take it again: [`Response::Done`] when it has been
+    /// asked.
+    SetMemory {
+        /// The domain.
+        name: String,
+        /// What it shall have, MiB.
+        mib: u32,
+    },
 }
 
 /// A response.

@@ -89,6 +89,13 @@ enum Command {
         #[arg(short = 'R', long)]
         reboot: bool,
     },
+    /// Asks a guest to use so much memory, at most what its system file gives it.
+    MemSet {
+        /// The domain.
+        name: String,
+        /// MiB.
+        mib: u32,
+    },
     /// Lists the disks of a guest, or of all.
     #[command(alias = "block-list")]
     VbdList {
@@ -177,6 +184,10 @@ fn run(client: &mut Client, command: &Command, json: bool) -> Result<(), Failure
         Command::Shutdown { name, reboot } => {
             let request = Request::Shutdown { name: name.clone(), reboot: *reboot };
             act(client, request, name, "is asked to end", json)
+        }
+        Command::MemSet { name, mib } => {
+            let request = Request::SetMemory { name: name.clone(), mib: *mib };
+            act(client, request, name, &format!("is asked to use {mib} MiB"), json)
         }
         Command::VbdList { name } => {
             let vbds = vbd::list(client, name.as_deref())?;

@@ -28,6 +28,8 @@ const OWN_ID: DomainId = DomainId(0);
 const MAX_OUTGOING: usize = 256 * 1024;
 /// Most requests at a time that wait for the store.
 const MAX_NODE_REQUESTS: usize = 32;
+/// Least memory that a guest is asked to live with: what a system file gives it at least.
+const LEAST_MEMORY_MIB: u32 = 32;
 /// Most bytes of a node's value, and of the names of its children, in a response.
 const MAX_NODE: usize = 6000;
 
@@ -77,6 +79,10 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
             Request::Unpause(name) => self.unpause(&name),
             Request::Destroy(name) => self.destroy(&name),
             Request::Shutdown { name, reboot } => match self.shutdown(id, &name, reboot) {
+                Ok(()) => return None,
+                Err(failure) => Err(failure),
+            },
+            Request::SetMemory { name, mib } => match self.set_memory(id, &name, mib) {
                 Ok(()) => return None,
                 Err(failure) => Err(failure),
             },
@@ -374,18 +380,37 @@ impl<H: Hypervisor, T: Transport> Control<'_, H, T> {
         if managed.domain.role != Role::Guest {
             return Err(bad_state(&format!("{name} is no guest: it serves others until it dies")));
         }
+        let path = format!("{}/control/shutdown", home(managed.domid));
+        self.ask_guest(id, path, if reboot { "reboot" } else { "poweroff" })
+    }
+
+    /// Asks a guest to change how much memory it uses, by the node at which its balloon looks.
+    fn set_memory(&mut self, id: u32, name: &str, mib: u32) -> Result<(), Failure> {
+        let at = self.lookup_live(name)?;
+        let managed = &self.domains[at];
+        if managed.domain.kernel.is_none() {
+            return Err(bad_state(&format!("{name} has no kernel of its own to ask")));
+        }
+        let most = managed.domain.memory_pages / 256;
+        if !(LEAST_MEMORY_MIB..=most).contains(&mib) {
+            let message = format!("{name} can have {LEAST_MEMORY_MIB} to {most} MiB");
+            return Err(bad_state(&message));
+        }
+        let path = format!("{}/memory/target", home(managed.domid));
+        self.ask_guest(id, path, &(mib * 1024).to_string())
+    }
+
+    fn ask_guest(&mut self, id: u32, path: String, word: &str) -> Result<(), Failure> {
         if self.node_requests >= MAX_NODE_REQUESTS {
             return Err(Failure::Busy);
         }
         self.node_requests += 1;
-        let path = format!("{}/control/shutdown", home(managed.domid));
-        let word: &[u8] = if reboot { b"reboot" } else { b"poweroff" };
-        self.store.at_once(Tag::Asked(id), [Op::Write(path, word.to_vec())].into());
+        self.store.at_once(Tag::Asked(id), [Op::Write(path, word.into())].into());
         self.store.pump();
         Ok(())
     }
 
-    /// The store has the word for a guest that is to end.
+    /// The store has what a guest is asked for.
     pub(crate) fn asked(&mut self, id: u32, result: Result<Vec<Vec<u8>>, Errno>) {
         self.node_requests = self.node_requests.saturating_sub(1);
         let response = match result {

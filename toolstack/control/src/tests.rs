@@ -690,6 +690,22 @@ fn a_guest_is_asked_to_end() {
     assert_eq!(rig.ask(ask("demo", false)), Response::Done);
 }
 
+/// xen-abi.md, appendix C: the balloon of a kernel follows `memory/target`, in KiB.
+#[test]
+fn a_guest_is_asked_to_use_less_memory() {
+    let mut rig = rig_with_kernel();
+    rig.settle();
+    let node = "/local/domain/3/memory/target";
+    assert_eq!(rig.value(node).as_deref(), Some("131072"));
+    let ask = |name: &str, mib| Request::SetMemory { name: name.into(), mib };
+    assert_eq!(rig.ask(ask("demo", 80)), Response::Done);
+    assert_eq!(rig.value(node).as_deref(), Some("81920"));
+    for (name, mib) in [("demo", 31), ("demo", 129), ("net0", 4), ("control", 16), ("nobody", 64)] {
+        assert!(matches!(rig.ask(ask(name, mib)), Response::Failed(_)), "{name} {mib}");
+    }
+    assert_eq!(rig.value(node).as_deref(), Some("81920"));
+}
+
 #[test]
 fn consoles_become_lines_with_names() {
     let mut rig = rig();
