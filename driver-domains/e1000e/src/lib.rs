@@ -140,10 +140,10 @@ pub struct E1000e<R> {
     registers: R,
     mac: [u8; 6],
     link: bool,
-    /// The link's speed is 1 Gb/s.
-    gigabit: bool,
     /// The device can be asked to cut packets over IPv6.
     cuts_v6: bool,
+    /// What it does at the link's speed.
+    offers: Offloads,
     receiver: Receiver,
     transmitter: Transmitter,
     statistics: Statistics,
@@ -172,7 +172,13 @@ impl<R: Registers> E1000e<R> {
     fn refresh_link(&mut self) -> Option<bool> {
         let status = self.registers.read(reg::STATUS);
         let link = status != u32::MAX && status & reg::STATUS_LU != 0;
-        self.gigabit = link && status & reg::STATUS_SPEED_1000 != 0;
+        let cuts = link && status & reg::STATUS_SPEED_1000 != 0;
+        self.offers = Offloads {
+            checksum_v4: true,
+            checksum_v6: true,
+            segment_v4: cuts,
+            segment_v6: cuts && self.cuts_v6,
+        };
         if link == self.link {
             return None;
         }
@@ -229,12 +235,7 @@ impl<R: Registers> Nic for E1000e<R> {
     }
 
     fn offloads(&self) -> Offloads {
-        Offloads {
-            checksum_v4: true,
-            checksum_v6: true,
-            segment_v4: self.gigabit,
-            segment_v6: self.gigabit && self.cuts_v6,
-        }
+        self.offers
     }
 
     fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
@@ -242,8 +243,8 @@ impl<R: Registers> Nic for E1000e<R> {
     }
 
     fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
-        let offers = self.offloads();
-        self.transmitter.send(packet, offload, offers, &mut self.statistics.counters);
+        let counters = &mut self.statistics.counters;
+        self.transmitter.send(packet, offload, self.offers, counters);
     }
 
     fn cancel(&mut self, buffer: Buffer) {

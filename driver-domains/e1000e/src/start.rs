@@ -10,6 +10,7 @@ use crate::registers as reg;
 use crate::transmit::Transmitter;
 use crate::{E1000e, PciId, Statistics, VECTOR_OTHER, VECTOR_QUEUES};
 use core::fmt;
+use domain_api::nic::Offloads;
 use domain_api::{Clock, Dma, Errno, Registers};
 
 /// Longest wait for requests under way to end. The device is reset even if they do not.
@@ -93,8 +94,8 @@ impl<R: Registers> E1000e<R> {
             registers,
             mac,
             link: false,
-            gigabit: false,
             cuts_v6: !id.is_qemu(),
+            offers: Offloads::default(),
             receiver: Receiver::new(dma).map_err(StartError::Memory)?,
             transmitter: Transmitter::new(dma).map_err(StartError::Memory)?,
             statistics: Statistics::default(),

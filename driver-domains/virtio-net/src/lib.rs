@@ -95,6 +95,7 @@ pub struct VirtioNet<T> {
     transport: T,
     mac: [u8; 6],
     features: u64,
+    offers: Offloads,
     link: bool,
     receive: Queue,
     receive_buffers: Buffers,
@@ -143,6 +144,7 @@ impl<T: Transport> VirtioNet<T> {
             transport,
             mac,
             features,
+            offers: offers(features, transmitter.can_hold_packets()),
             link: false,
             receive,
             receive_buffers,
@@ -254,14 +256,7 @@ impl<T: Transport> Nic for VirtioNet<T> {
     }
 
     fn offloads(&self) -> Offloads {
-        let has = |feature| self.features & feature != 0;
-        let segments = self.transmitter.can_hold_packets();
-        Offloads {
-            checksum_v4: has(FEATURE_CSUM),
-            checksum_v6: has(FEATURE_CSUM),
-            segment_v4: has(FEATURE_HOST_TSO4) && segments,
-            segment_v6: has(FEATURE_HOST_TSO6) && segments,
-        }
+        self.offers
     }
 
     fn tx_buffers(&mut self, bytes: usize, buffers: &mut Vec<Buffer>) -> bool {
@@ -269,8 +264,7 @@ impl<T: Transport> Nic for VirtioNet<T> {
     }
 
     fn transmit(&mut self, packet: Drain<'_, Buffer>, offload: Offload) {
-        let offers = self.offloads();
-        self.transmitter.send(packet, offload, offers, &mut self.counters);
+        self.transmitter.send(packet, offload, self.offers, &mut self.counters);
     }
 
     fn cancel(&mut self, buffer: Buffer) {
@@ -317,6 +311,18 @@ fn wanted(offered: u64) -> u64 {
     let always = FEATURE_MAC | FEATURE_STATUS | EVENT_IDX | FEATURE_CSUM | FEATURE_GUEST_CSUM;
     let cutting = FEATURE_HOST_TSO4 | FEATURE_HOST_TSO6;
     if offered & FEATURE_CSUM != 0 { always | cutting } else { always }
+}
+
+/// What a device does with which `features` were agreed on, and whose transmit buffers hold the longest
+/// packets or not.
+fn offers(features: u64, holds_packets: bool) -> Offloads {
+    let has = |feature| features & feature != 0;
+    Offloads {
+        checksum_v4: has(FEATURE_CSUM),
+        checksum_v6: has(FEATURE_CSUM),
+        segment_v4: has(FEATURE_HOST_TSO4) && holds_packets,
+        segment_v6: has(FEATURE_HOST_TSO6) && holds_packets,
+    }
 }
 
 /// The device's address, or one that the driver makes up (§5.1.5): locally administered, and the

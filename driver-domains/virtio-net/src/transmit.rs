@@ -143,13 +143,13 @@ impl Transmitter {
     /// Queues a packet. `offers` is what the device does.
     pub fn send(
         &mut self,
-        mut packet: Drain<'_, Buffer>,
+        packet: Drain<'_, Buffer>,
         offload: Offload,
         offers: Offloads,
         counters: &mut Counters,
     ) {
-        if packet.len() == 1 && offload == Offload::Nothing {
-            packet.next().into_iter().for_each(|buffer| self.send_frame(&buffer, counters));
+        if let ([frame], Offload::Nothing) = (packet.as_slice(), offload) {
+            self.send_frame(frame, counters);
         } else {
             self.send_packet(packet, offload, offers, counters);
         }
