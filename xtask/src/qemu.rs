@@ -12,8 +12,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use system::{FileFormat, Machine, MachineDisk, NicNet, Protocol};
 
-/// The processor model under emulation. Without XSAVE and what needs it: QEMU 7.2's emulation of it is suspect (corrupt
-/// data was measured with it, none without), and neither core nor unikernels use it.
+/// The processor model under emulation. Without XSAVE and what needs it: QEMU 7.2 lets guests of a hypervisor execute
+/// XSETBV without asking it (corrupt data was measured with XSAVE under one that trusts to be asked, none without).
+/// Ours does not trust it; tests that shall not depend on that run without.
 const EMULATED_CPU: &str = "EPYC,-xsave,-xsaveopt,-xgetbv1,-avx,-avx2,-fma,-f16c";
 
 /// How instructions are executed.
