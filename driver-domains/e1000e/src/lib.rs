@@ -33,8 +33,8 @@
 //!
 //! The device finishes blank checksums of TCP and UDP, cuts TCP packets into frames, and looks at the
 //! checksums of received frames. `offload` says how, and what QEMU makes of it. It cuts packets
-//! at 1 Gb/s only: other drivers found that it can hang at lower speeds, where there is little
-//! to gain. A received frame with a wrong checksum is passed on as one of which nothing is known.
+//! at 1 Gb/s only: other drivers avoid trouble of the hardware at lower speeds, where there is
+//! little to gain. A received frame with a wrong checksum is passed on as one of which nothing is known.
 //!
 //! # Trust
 //!

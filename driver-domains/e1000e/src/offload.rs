@@ -4,7 +4,7 @@
 //! header's sum is where it belongs already. To cut a packet it takes the first bytes as the
 //! prototype of each frame's headers, and adds the length of each frame, so it wants neither
 //! lengths nor checksums in the prototype, and in the field of TCP's checksum the pseudo header's sum
-//! without a length (§7.3 of the datasheet, "TCP segmentation"). That sum is taken anew from
+//! without a length (82574 datasheet, chapter 7, "TCP segmentation"). That sum is taken anew from
 //! the addresses.
 //!
 //! The headers are edited in the buffer, which is private by now. They are checked as far as the
