@@ -224,11 +224,9 @@ impl Sum {
     /// Adds what follows the bytes that were added before.
     pub fn add(&mut self, bytes: &[u8]) {
         let mut bytes = bytes;
-        if self.odd
-            && let Some((&first, rest)) = bytes.split_first()
-        {
+        if self.odd {
+            let Some((&first, rest)) = bytes.split_first() else { return };
             self.total += u64::from(first);
-            self.odd = false;
             bytes = rest;
         }
         let (words, rest) = bytes.as_chunks();
@@ -431,6 +429,15 @@ pub(crate) mod tests {
         let mut rest = fragment.clone();
         rest[34..38].copy_from_slice(b"data");
         assert_eq!(flow(&fragment), flow(&rest), "only the first fragment has ports");
+    }
+
+    #[test]
+    fn nothing_added_in_the_middle_of_a_word_changes_nothing() {
+        let mut sum = Sum::default();
+        for part in [[1].as_slice(), &[], &[2, 3], &[], &[4]] {
+            sum.add(part);
+        }
+        assert_eq!(sum.folded(), 0x0102 + 0x0304);
     }
 
     proptest! {
