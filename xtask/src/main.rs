@@ -101,7 +101,7 @@ enum Xtask {
     /// network card and disk, work and are checked; then ends neighbours and drivers too.
     NeighbourSoak {
         /// In so many lives of that guest.
-        #[arg(long, default_value_t = 300)]
+        #[arg(long, default_value_t = 100)]
         lives: u32,
     },
     /// Boots Debian again and again, with other kernels and processors, and ends it in all ways.
