@@ -2,7 +2,7 @@
 
 use crate::life::{After, Attack, Failure, Life, Split};
 use crate::memory;
-use crate::net::{erase, scrawl, wander};
+use crate::net::{DECIDED, erase, scrawl, start_over, wander};
 use crate::ring::Ring;
 use crate::vbd::Vbd;
 use crate::vif::{Buffer, grant};
@@ -402,11 +402,7 @@ fn bad_connection(life: &mut Life, vbd: &mut Vbd) -> Result<(), Failure> {
         ("ring-page-order", 4),
         ("protocol", 64),
     ] {
-        life.tell(&device, "state", XenbusState::CLOSING.0)?;
-        life.tell(&device, "state", XenbusState::CLOSED.0)?;
-        life.await_backend(&device, &[XenbusState::CLOSED])?;
-        life.tell(&device, "state", XenbusState::INITIALISING.0)?;
-        life.await_backend(&device, &[XenbusState::INIT_WAIT])?;
+        start_over(life, &device)?;
         life.tell(&device, "ring-ref", gref)?;
         life.tell(&device, "event-channel", port)?;
         life.tell(&device, "multi-queue-num-queues", 1)?;
@@ -414,8 +410,7 @@ fn bad_connection(life: &mut Life, vbd: &mut Vbd) -> Result<(), Failure> {
         life.tell(&device, "protocol", xen_abi::blkif::PROTOCOL)?;
         life.tell(&device, key, value)?;
         life.tell(&device, "state", XenbusState::INITIALISED.0)?;
-        let reached = [XenbusState::CONNECTED, XenbusState::CLOSING, XenbusState::CLOSED];
-        life.await_backend(&device, &reached)?;
+        life.await_backend(&device, &DECIDED)?;
     }
     life.tell(&device, "ring-page-order", 0)
 }

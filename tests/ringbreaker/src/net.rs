@@ -389,19 +389,34 @@ fn bad_connection(life: &mut Life, vif: &mut Vif) -> Result<(), Failure> {
         [full, good[1], good[2]],
         [good[0], full, good[2]],
     ] {
-        life.tell(&device, "state", XenbusState::CLOSING.0)?;
-        life.tell(&device, "state", XenbusState::CLOSED.0)?;
-        life.await_backend(&device, &[XenbusState::CLOSED])?;
-        life.tell(&device, "state", XenbusState::INITIALISING.0)?;
-        life.await_backend(&device, &[XenbusState::INIT_WAIT])?;
+        start_over(life, &device)?;
         life.tell(&device, "tx-ring-ref", tx)?;
         life.tell(&device, "rx-ring-ref", rx)?;
         life.tell(&device, "event-channel", port)?;
         life.tell(&device, "state", XenbusState::CONNECTED.0)?;
-        let reached = [XenbusState::CONNECTED, XenbusState::CLOSING, XenbusState::CLOSED];
-        life.await_backend(&device, &reached)?;
+        life.await_backend(&device, &DECIDED)?;
     }
-    Ok(())
+    // Queues that have no directories, or cannot be so many.
+    for queues in ["0", "2", "4", "5", "65535", "4294967296", "x"] {
+        start_over(life, &device)?;
+        life.tell(&device, "multi-queue-num-queues", queues)?;
+        life.tell(&device, "state", XenbusState::CONNECTED.0)?;
+        life.await_backend(&device, &DECIDED)?;
+    }
+    life.tell(&device, "multi-queue-num-queues", 1)
+}
+
+/// States of a backend that has looked at what a frontend published.
+pub const DECIDED: [XenbusState; 3] =
+    [XenbusState::CONNECTED, XenbusState::CLOSING, XenbusState::CLOSED];
+
+/// Ends the connection, and comes back to where rings are published.
+pub fn start_over(life: &mut Life, device: &Device) -> Result<(), Failure> {
+    life.tell(device, "state", XenbusState::CLOSING.0)?;
+    life.tell(device, "state", XenbusState::CLOSED.0)?;
+    life.await_backend(device, &[XenbusState::CLOSED])?;
+    life.tell(device, "state", XenbusState::INITIALISING.0)?;
+    life.await_backend(device, &[XenbusState::INIT_WAIT]).map(drop)
 }
 
 fn backend_counters(life: &mut Life, vif: &mut Vif) -> Result<(), Failure> {
