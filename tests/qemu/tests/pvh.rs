@@ -8,8 +8,6 @@ const BOOT: Duration = Duration::from_secs(60);
 /// How long Debian may take to its shell, or for its balloon.
 const DEBIAN: Duration = Duration::from_secs(180);
 const MIB: u64 = 1 << 20;
-/// Pages of a destroyed guest that others may still have: its rings.
-const SHARED: u64 = 4 * 4096;
 
 /// Entry state, start info, ACPI tables, CPUID, MSRs, hypercalls, events, clock, a second processor;
 /// and in the end the guest powers itself off.
@@ -68,6 +66,6 @@ fn a_guest_gives_memory_back_and_gets_it_again() {
     });
     assert!(platform.axl(&["destroy", "debian"]).status.success());
     // Services let go of pages that they shared with it when they next look.
-    let gone = || (charged().is_none() && platform.free_bytes() + SHARED >= total).then_some(());
+    let gone = || (charged().is_none() && platform.free_bytes() == total).then_some(());
     platform.wait_for("everything to be free", DEBIAN, gone);
 }
