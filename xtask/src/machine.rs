@@ -59,9 +59,7 @@ impl Machine {
         let listener = UnixListener::bind(&com2).into_diagnostic()?;
         let (machine, made) = (&built.compiled.machine, project::image_dir(&built.file));
         let disks = disks::provide(machine, &built.file, &made, &options.disks)?;
-        let has_kernels = built.compiled.system.domains.iter().any(|it| it.kernel.is_some());
-        let (core, bundle) = (&built.core, &built.bundle);
-        let files = Files { core, bundle, com2: &com2, disks: &disks, has_kernels };
+        let files = Files { core: &built.core, bundle: &built.bundle, com2: &com2, disks: &disks };
         let mut plan = qemu::plan(machine, options, files)?;
         let started = Instant::now();
         let mut child = plan

@@ -17,12 +17,6 @@ use system::{FileFormat, Machine, MachineDisk, NicNet, Protocol};
 /// Ours does not trust it; tests that shall not depend on that run without.
 const EMULATED_CPU: &str = "EPYC,-xsave,-xsaveopt,-xgetbv1,-avx,-avx2,-fma,-f16c";
 
-/// Emulation where processors run hardware-virtualized guests: by one thread of the host. QEMU executes FXRSTOR and
-/// XRSTOR of any processor by changing a flag of the first one (`cpu_clear_ignne`), in the word in which this keeps its
-/// global interrupt flag and whether nested paging is on, and without a lock. With a thread for each processor
-/// a guest dies now and then at an address of the core, or the core is interrupted where it cannot be.
-const ONE_THREAD: &str = "tcg,thread=single";
-
 /// How instructions are executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
 pub enum Accel {
@@ -115,8 +109,6 @@ pub struct Files<'a> {
     pub com2: &'a Path,
     /// The files of the machine's disks, in order.
     pub disks: &'a [PathBuf],
-    /// Whether guests have kernels of their own.
-    pub has_kernels: bool,
 }
 
 /// Makes the command line.
@@ -126,7 +118,7 @@ pub struct Files<'a> {
 pub fn plan(machine: &Machine, options: &Options, files: Files<'_>) -> miette::Result<Plan> {
     let mut command = killed_with_us();
     let accel = resolve(options.accel);
-    accelerate(&mut command, accel, machine, files.has_kernels);
+    accelerate(&mut command, accel, machine);
     let cpus = options.cpus.unwrap_or(machine.cpus).to_string();
     let memory = format!("{}M", machine.memory_mib);
     command
@@ -164,11 +156,10 @@ fn killed_with_us() -> Command {
     }
 }
 
-fn accelerate(command: &mut Command, accel: Accel, machine: &Machine, has_kernels: bool) {
+fn accelerate(command: &mut Command, accel: Accel, machine: &Machine) {
     let (accelerator, cpu) = match accel {
         Accel::Kvm => ("kvm", "host"),
-        Accel::Icount | Accel::IcountIdle => (ONE_THREAD, EMULATED_CPU),
-        Accel::Tcg | Accel::Auto if has_kernels => (ONE_THREAD, EMULATED_CPU),
+        Accel::Icount | Accel::IcountIdle => ("tcg,thread=single", EMULATED_CPU),
         Accel::Tcg | Accel::Auto => ("tcg,thread=multi", EMULATED_CPU),
     };
     let cpu = machine.cpu_model.as_deref().unwrap_or(cpu);

@@ -2,7 +2,9 @@
 #
 # With the global interrupt flag clear nothing interrupts us, so that segment registers, task
 # register and system call registers may be the guest's for a while. Interrupts are enabled below
-# it, because with V_INTR_MASKING that is what lets them end the guest's run.
+# it, because with V_INTR_MASKING that is what lets them end the guest's run; at the last moment,
+# because QEMU 7.2 with a thread for each processor may set the global flag again: it executes
+# FXRSTOR of any processor by a change to the first one's word with that flag, without a lock.
 
 .text
 
@@ -21,7 +23,6 @@ enter_guest:
     push rdx
     mov rax, rsi
     clgi
-    sti
     vmload rax
     mov rbx, [rdi + {rbx}]
     mov rcx, [rdi + {rcx}]
@@ -37,6 +38,7 @@ enter_guest:
     mov r14, [rdi + {r14}]
     mov r15, [rdi + {r15}]
     mov rdi, [rdi + {rdi}]
+    sti
     vmrun rax
     vmsave rax
     push rdi
