@@ -2,7 +2,7 @@
 //! dies. `cargo xtask test` gives a short dose; `cargo xtask neighbour-soak` the full one.
 
 use qemu_tests::load::{self, HOST, Job, Servers, has_apt};
-use qemu_tests::{Listed, Platform, Random, dose};
+use qemu_tests::{Listed, Platform, Random, soak_dose};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +38,7 @@ fn a_guest_that_breaks_its_rings_hurts_nobody() {
     if !has_apt() {
         return;
     }
-    let lives = dose(doses::KILLS, 12);
+    let Some(lives) = soak_dose(doses::KILLS, "cargo xtask neighbour-soak") else { return };
     let mut random = Random::new();
     let platform = boot(random.below(1000));
     let mut street = Street::move_in(&platform);
