@@ -372,7 +372,8 @@ impl Processor {
 
     /// Saves what a vCPU left in this processor.
     pub fn leave(&mut self, guest: &mut Guest, serial: u64) {
-        if self.owner == serial {
+        // Not after a reset: then what is left here is of before.
+        if self.owner == serial && guest.cpu.is_some() {
             guest.save_extended();
             self.xcr0 = shared().xcr0.max(1);
         }

@@ -12,6 +12,9 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// The kernel's log, without a line that one of the jobs causes, and two about processors that stood still:
 /// those of an emulated machine do, when the host has other work.
 const LOG: &str = "dmesg | grep -v -e drop_caches -e clocksource: -e hrtimer:";
+/// Seconds that one round of a job may take: one that stands still fails by its name, before whoever waits
+/// for its end gives up.
+const ROUND: u32 = 200;
 /// Where QEMU's network has the host.
 pub const HOST: &str = "10.0.2.2";
 
@@ -41,10 +44,16 @@ pub fn must(shell: &mut Shell, command: &str) -> String {
 pub fn start_jobs(shell: &mut Shell, jobs: &[Job]) {
     for (name, command) in jobs {
         let script = format!(
-            "cat >/tmp/{name}.sh <<'END'\n\
+            "cat >/tmp/{name}.job <<'END'\n\
+             {command}\n\
+             END\n\
+             cat >/tmp/{name}.sh <<'END'\n\
              touch /tmp/{name}.begun; rounds=0\n\
              while [ ! -e /tmp/{name}.stop ]; do\n\
-                 {{ {command} ; }} >/tmp/{name}.out 2>&1 || {{ mv /tmp/{name}.out /tmp/{name}.failed; break; }}\n\
+                 timeout {ROUND} sh /tmp/{name}.job >/tmp/{name}.out 2>&1 || {{\n\
+                     echo \"{name} ended with $?\" >>/tmp/{name}.out\n\
+                     mv /tmp/{name}.out /tmp/{name}.failed; break\n\
+                 }}\n\
                  rounds=$((rounds + 1))\n\
              done\n\
              echo $rounds >/tmp/{name}.rounds\n\

@@ -201,7 +201,8 @@ fn measure(built: &Built, bare: Option<BareKernel>) -> miette::Result<Results> {
     let said = machine.wait_line(BOOT, |line| line.text.contains("kernel booted in"));
     let said = said.map_err(|error| machine.explain(error))?;
     let boot_s = said.text.split("booted in ").nth(1).and_then(|rest| rest.split(' ').next());
-    let boot_s = boot_s.and_then(|text| text.parse().ok()).unwrap_or(f64::NAN);
+    let boot_s = boot_s.and_then(|text| text.parse().ok());
+    let boot_s = boot_s.ok_or_else(|| miette!("no time in: {}", said.text))?;
     let forward = machine.forwards.iter().find(|forward| forward.guest_port == guest_shell::PORT);
     let forward = forward.ok_or_else(|| miette!("{SYSTEM} forwards no port to a shell"))?.host;
     let mut shell = Shell::connect(SocketAddr::V4(forward), BOOT).into_diagnostic()?;

@@ -58,26 +58,24 @@ fn together(
     let archives = dir.join("archives");
     std::fs::create_dir_all(&archives).into_diagnostic()?;
     eprintln!("downloading {name} by apt");
-    run(Command::new("apt-get").current_dir(&archives).args(["-q", "download"]).args(&packages))?;
+    output(
+        Command::new("apt-get").current_dir(&archives).args(["-q", "download"]).args(&packages),
+    )?;
     for archive in std::fs::read_dir(&archives).into_diagnostic()? {
         let archive = archive.into_diagnostic()?.path();
-        run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&dir))?;
+        output(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&dir))?;
     }
     std::fs::remove_dir_all(&archives).into_diagnostic()?;
     std::fs::write(dir.join("done"), packages.join("\n")).into_diagnostic()?;
     Ok(dir)
 }
 
+/// Runs a command that must succeed, and returns what it printed.
 fn output(command: &mut Command) -> miette::Result<String> {
-    let output = command.output().into_diagnostic().wrap_err("cannot start apt-cache")?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn run(command: &mut Command) -> miette::Result<()> {
     let shown = format!("{command:?}");
     let output = command.output().into_diagnostic().wrap_err_with(|| shown.clone())?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let help = "kernels of Debian come by apt; on other systems name a file";
