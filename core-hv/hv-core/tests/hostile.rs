@@ -154,7 +154,12 @@ proptest! {
         let (mut system, who) = system();
         for attack in attacks {
             let id = who[usize::from(attack.who) % who.len()];
-            if !system.is_live(id) || system.core.lock().domain(id).is_none_or(|d| d.paused) {
+            let can_act = {
+                let core = system.core.lock();
+                // One that was made to fault does so before anything else.
+                core.domain(id).is_some_and(|d| !d.paused && d.vcpu().crashed_at.is_none())
+            };
+            if !can_act || !system.is_live(id) {
                 continue;
             }
             for (at, word) in (SCRATCH..).step_by(8).zip(&attack.words) {
