@@ -135,6 +135,18 @@ mod tests {
         assert_eq!(payload(&bzimage(&packed)), Ok(text()));
     }
 
+    /// As Linux packs itself: by `zstd -22 --ultra` from a pipe, whose window is 128 MiB for any size.
+    #[test]
+    fn zstd_with_its_largest_window_is_unpacked() {
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let mut file = ruzstd::encoding::compress_to_vec(&text()[..], level);
+        // RFC 8878, section 3.1.1.1.
+        assert_eq!(file[4] & 0xe3, 0, "the header has no size and no dictionary, but a window");
+        file[5] = (27 - 10) << 3;
+        file.extend_from_slice(&u32::try_from(text().len()).expect("small").to_le_bytes());
+        assert_eq!(payload(&bzimage(&file)), Ok(text()));
+    }
+
     #[test]
     fn what_is_damaged_or_unknown_is_refused() {
         assert_eq!(payload(&bzimage(&[1, 2, 3, 4])), Err(KernelError::Compression([1, 2, 3, 4])));
