@@ -53,6 +53,8 @@ pub struct Boot<'a> {
     pub bundle_address: u64,
     /// Processors, this one included.
     pub cpus: usize,
+    /// Those of them that may run hardware-virtualized vCPUs, a bit for each.
+    pub guest_cpus: u64,
     /// Frames that the core itself occupies: image, stacks, frame table.
     pub core_pages: u64,
     /// Where PCI functions can be.
@@ -94,6 +96,7 @@ impl<P: Platform> Core<P> {
     pub fn init(&mut self, p: &mut P, boot: Boot<'_>) {
         assert!((1..=MAX_CPUS).contains(&boot.cpus), "the machine layer counts processors");
         self.sched.count = boot.cpus;
+        self.sched.guests = boot.guest_cpus;
         self.core_pages = boot.core_pages;
         self.bundle = boot.bundle;
         self.bundle_mfn = Mfn(boot.bundle_address >> 12);
@@ -123,6 +126,8 @@ impl<P: Platform> Core<P> {
         );
         if let Err(why) = p.virtualization() {
             self.print(p, format_args!("no domains with kernels of their own: {}", why.text()));
+        } else if self.sched.guests & 1 == 0 {
+            self.print(p, format_args!("domains with kernels of their own: not on processor 0"));
         }
         if left_out > 0 {
             self.print(p, format_args!("{left_out} further PCI functions are not offered"));

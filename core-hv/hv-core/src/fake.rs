@@ -785,6 +785,8 @@ pub struct Config {
     pub frames: usize,
     /// Processors.
     pub cpus: usize,
+    /// Those that run hardware-virtualized vCPUs.
+    pub guest_cpus: u64,
     /// PCI functions.
     pub functions: Vec<FakeFunction>,
     /// Pages of the control domain.
@@ -795,7 +797,7 @@ impl Default for Config {
     fn default() -> Self {
         // Miri takes its time for each frame; all tests fit into so many.
         let frames = if cfg!(miri) { 320 } else { 512 };
-        Self { frames, cpus: 1, functions: Vec::new(), control_pages: 110 }
+        Self { frames, cpus: 1, guest_cpus: !0, functions: Vec::new(), control_pages: 110 }
     }
 }
 
@@ -953,6 +955,7 @@ impl System {
                 bundle: leak(bundle),
                 bundle_address: BUNDLE_ADDRESS,
                 cpus: config.cpus,
+                guest_cpus: config.guest_cpus,
                 core_pages: 0,
                 ecam: &[EcamRange { segment: 0, first_bus: 0, last_bus: 0 }],
                 reserved: core::slice::from_ref(&(0..end)),

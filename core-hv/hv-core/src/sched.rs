@@ -73,6 +73,8 @@ pub struct Sched {
     cpus: [Cpu; MAX_CPUS],
     /// Processors that run domains.
     pub(crate) count: usize,
+    /// Those of them that run hardware-virtualized ones too, a bit for each.
+    pub(crate) guests: u64,
     /// The next time at which something happens to each domain.
     deadlines: [u64; MAX_DOMAINS],
     /// The earliest of them.
@@ -85,6 +87,7 @@ impl Sched {
             queues: [const { Deque::new() }; QUEUES],
             cpus: [const { Cpu::new() }; MAX_CPUS],
             count: 0,
+            guests: 0,
             deadlines: [NEVER; MAX_DOMAINS],
             next: NEVER,
         }
@@ -113,8 +116,25 @@ impl Sched {
         }
     }
 
-    fn best(&self) -> Option<usize> {
-        self.queues.iter().position(|queue| !queue.is_empty())
+    /// Those of some processors that there are.
+    fn among(&self, cpus: u64) -> impl Iterator<Item = CpuId> + use<> {
+        let count = u8::try_from(self.count).unwrap_or(0);
+        (0..count).filter(move |cpu| cpus & 1 << cpu != 0).map(CpuId)
+    }
+
+    /// Takes a vCPU out of a queue. The others keep their order.
+    fn take(&mut self, queue: usize, position: usize) -> Option<VcpuId> {
+        let queue = &mut self.queues[queue];
+        if position == 0 {
+            return queue.pop_front();
+        }
+        let taken = queue.iter().nth(position).copied()?;
+        for _ in 0..queue.len() {
+            if let Some(v) = queue.pop_front().filter(|&v| v != taken) {
+                let _ = queue.push_back(v);
+            }
+        }
+        Some(taken)
     }
 
     /// Whether some processor may still have the domain's address space loaded; such processors
@@ -189,7 +209,7 @@ impl<P: Platform> Core<P> {
         }
         vcpu.queued = true;
         self.sched.push(queue, v);
-        self.find_cpu(p, queue);
+        self.find_cpu(p, v, queue);
     }
 
     /// The same for all vCPUs of a domain.
@@ -199,21 +219,43 @@ impl<P: Platform> Core<P> {
         }
     }
 
-    fn find_cpu(&mut self, p: &mut P, queue: usize) {
+    /// Processors that may run this vCPU, a bit for each.
+    fn cpus_for(&self, v: VcpuId) -> u64 {
+        if self.me(v.domain).pvh.is_some() { self.sched.guests } else { !0 }
+    }
+
+    /// What a processor would run next: its queue, and its position there.
+    fn best(&self, cpu: CpuId) -> Option<(usize, usize)> {
+        let suits = |&v: &VcpuId| self.cpus_for(v) & 1 << cpu.0 != 0;
+        let mut queues = self.sched.queues.iter().enumerate();
+        queues.find_map(|(index, queue)| Some((index, queue.iter().position(suits)?)))
+    }
+
+    /// Wakes an idle processor for a vCPU, if there is one.
+    fn find_idle(&mut self, p: &mut P, v: VcpuId) -> bool {
+        let mut cpus = self.sched.among(self.cpus_for(v));
+        let idle = cpus.find(|&cpu| core::mem::take(&mut self.sched.cpu(cpu).idle));
+        if let Some(cpu) = idle {
+            p.kick(cpu);
+        }
+        idle.is_some()
+    }
+
+    fn find_cpu(&mut self, p: &mut P, v: VcpuId, queue: usize) {
         let me = p.cpu();
+        let cpus = self.cpus_for(v);
         let here = self.sched.cpu(me);
-        if here.running.is_none() && !here.reschedule {
+        if cpus & 1 << me.0 != 0 && here.running.is_none() && !here.reschedule {
             // On its way to pick something anyway.
             here.reschedule = true;
             return;
         }
+        if self.find_idle(p, v) {
+            return;
+        }
         let mut worst = None;
-        for index in 0..self.sched.count {
-            let cpu = &mut self.sched.cpus[index];
-            let id = CpuId(u8::try_from(index).unwrap_or(0));
-            if core::mem::take(&mut cpu.idle) {
-                return p.kick(id);
-            }
+        for id in self.sched.among(cpus) {
+            let cpu = self.sched.cpu(id);
             let running = cpu.running.filter(|_| !cpu.reschedule);
             let Some(v) = running else { continue };
             let rank = self.me(v.domain).queue(v.index);
@@ -290,8 +332,8 @@ impl<P: Platform> Core<P> {
         let now = p.now_ns();
         let is_over = now >= cpu.slice_end;
         let rank = self.me(v.domain).queue(v.index);
-        match self.sched.best() {
-            Some(best) if best < rank || best == rank && is_over => Next::Switch,
+        match self.best(p.cpu()) {
+            Some((best, _)) if best < rank || best == rank && is_over => Next::Switch,
             _ => {
                 if is_over {
                     self.start_slice(p, v, now);
@@ -410,8 +452,8 @@ impl<P: Platform> Core<P> {
         cpu.reschedule = false;
         cpu.idle = false;
         cpu.since = now;
-        while let Some(queue) = self.sched.best() {
-            let Some(v) = self.sched.queues[queue].pop_front() else { continue };
+        while let Some((queue, position)) = self.best(me) {
+            let Some(v) = self.sched.take(queue, position) else { continue };
             let is_runnable = self.me(v.domain).is_runnable(v.index);
             let vcpu = self.vcpu_mut(v);
             vcpu.queued = false;
@@ -459,6 +501,8 @@ impl<P: Platform> Core<P> {
             let queue = domain.queue(v.index);
             self.vcpu_mut(v).queued = true;
             self.sched.push(queue, v);
+            // What comes next here may be what no idle processor can run; this is perhaps not.
+            self.find_idle(p, v);
         }
     }
 

@@ -7,11 +7,13 @@ use axolotl_abi::control::{
 use axolotl_abi::image::{ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE};
 use hv_core::domain::Stage;
 use hv_core::fake::{Config, D0, Fake, FakeVcpu, System, poison_stack};
-use hv_core::platform::{Event, Exit, GuestExit, GuestMsr, NoGuests, Platform, PortAccess, Start};
+use hv_core::platform::{
+    CpuId, Event, Exit, GuestExit, GuestMsr, NoGuests, Platform, PortAccess, Start,
+};
 use hv_core::vcpu::{VcpuId, Wait};
 use proptest::prelude::*;
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use xen_abi::event::{BindIpi, BindVirq, PortOp, VIRQ_TIMER};
 use xen_abi::hvm::{self, HvmParam, params};
@@ -45,11 +47,11 @@ struct Guest {
 
 impl Guest {
     fn new(vcpus: u32) -> Self {
-        Self::on(vcpus, 1)
+        Self::on(vcpus, Config::default())
     }
 
-    fn on(vcpus: u32, cpus: usize) -> Self {
-        let mut system = System::with(Config { cpus, ..Config::default() });
+    fn on(vcpus: u32, config: Config) -> Self {
+        let mut system = System::with(config);
         let mut plan = System::plan("guest");
         (plan.kind, plan.vcpus, plan.max_pages) = (KIND_PVH, vcpus, 240);
         let (result, plan) = system.control(control::CREATE, plan);
@@ -664,7 +666,7 @@ fn parameters_are_the_builder_s_and_then_readable() {
 /// While one vCPU takes memory away, no other runs with what it had cached.
 #[test]
 fn an_address_space_is_narrowed_by_one_vcpu_alone() {
-    let mut guest = Guest::on(2, 2);
+    let mut guest = Guest::on(2, Config { cpus: 2, ..Config::default() });
     guest.start_other();
     // The second vCPU computes on the second processor.
     for _ in 0..64 {
@@ -690,7 +692,7 @@ fn an_address_space_is_narrowed_by_one_vcpu_alone() {
     guest.act(0, ask);
     assert!(guest.system.page(guest.id, Gfn(30)).is_some(), "not while the other one runs");
     // It was kicked, and is not run again until that is done.
-    assert!(guest.system.p.machine().kicks.contains(&hv_core::platform::CpuId(1)));
+    assert!(guest.system.p.machine().kicks.contains(&CpuId(1)));
     guest.system.run(1, 3);
     assert_eq!(on_cpu(&guest), None);
     guest.steps[0].borrow_mut().push_back(Box::new(ask));
@@ -703,9 +705,53 @@ fn an_address_space_is_narrowed_by_one_vcpu_alone() {
     guest.system.check();
 }
 
+/// A processor that the machine layer leaves out runs no guest; neither it nor the others idle while
+/// there is something for them.
+#[test]
+fn guests_stay_on_their_processors() {
+    let mut guest = Guest::on(1, Config { cpus: 2, guest_cpus: 0b10, ..Config::default() });
+    let (system, id) = (&mut guest.system, guest.id);
+    let other = system.guest("other");
+    (0..8).for_each(|_| [0, 1].iter().for_each(|&cpu| system.step(cpu)));
+    // On the second processor is who could run on the first one as well.
+    system.spin(other);
+    system.run(1, 3);
+    assert_eq!(system.core.lock().domain(other).unwrap().vcpu().on_cpu, Some(1));
+    system.run(0, 8);
+    let cpus = Rc::new(RefCell::new(BTreeSet::new()));
+    let seen = cpus.clone();
+    let frame = system.core.lock().domain(id).unwrap().vcpu().frame;
+    let compute = move |p: &mut Fake, _: &mut FakeVcpu, _| {
+        seen.borrow_mut().insert(p.cpu().0);
+        p.spin(1_000_000)
+    };
+    system.p.machine().guest_programs.insert(frame, Box::new(compute));
+    system.wake_vcpu(VcpuId::first(id));
+    system.run(0, 4);
+    let used = |system: &System| {
+        let core = system.core.lock();
+        [id, other].map(|id| core.domain(id).unwrap().vcpu().cpu_ns)
+    };
+    let (before, start) = (used(system), system.p.machine().now_ns);
+    system.p.machine().kicks.clear();
+    for _ in 0..200 {
+        system.step(1);
+        // The first one waits until somebody ends that.
+        if system.p.machine().kicks.contains(&CpuId(0)) {
+            system.step(0);
+        }
+    }
+    system.check();
+    let took = system.p.machine().now_ns - start;
+    let now = used(system);
+    let is_busy = now.iter().zip(before).all(|(now, before)| now - before > took * 8 / 10);
+    assert!(is_busy, "{before:?}, {now:?} in {took}");
+    assert_eq!(*cpus.borrow(), [1].into());
+}
+
 #[test]
 fn a_domain_ends_when_the_last_of_its_vcpus_is_off_its_processor() {
-    let mut guest = Guest::on(2, 2);
+    let mut guest = Guest::on(2, Config { cpus: 2, ..Config::default() });
     guest.start_other();
     for _ in 0..64 {
         guest.steps[1].borrow_mut().push_back(Box::new(|_| Exit::Interrupted));

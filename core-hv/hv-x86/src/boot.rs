@@ -220,6 +220,7 @@ fn run(
             bundle: bundle_bytes(bundle),
             bundle_address: bundle.start,
             cpus,
+            guest_cpus: svm::processors(cpus),
             core_pages: (image.end - image.start) / 4096 + taken,
             ecam: devices.ecam,
             reserved: devices.reserved,

@@ -34,6 +34,7 @@ use hv_core::frame::Mfn;
 use hv_core::platform::{
     Event, GuestExit, GuestMsr, Mode, NoGuests, PortAccess, Readiness, Registers, Space, Start,
 };
+use raw_cpuid::Hypervisor;
 use spin::Once;
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
@@ -261,6 +262,17 @@ pub fn availability() -> Result<(), NoGuests> {
         Some(Err(why)) => Err(*why),
         None => Err(NoGuests::Absent),
     }
+}
+
+/// Which processors run guests, of so many; a bit for each.
+///
+/// Not the first one of several that QEMU emulates: its FXRSTOR and XRSTOR on any processor change
+/// the word where the first one has its global interrupt flag and the state of nested paging,
+/// without a lock (`cpu_clear_ignne`), and may so undo a VMRUN or the end of one.
+pub fn processors(count: usize) -> u64 {
+    let hypervisor = raw_cpuid::CpuId::new().get_hypervisor_info();
+    let is_emulated = hypervisor.is_some_and(|info| info.identify() == Hypervisor::QEMU);
+    if is_emulated && count > 1 { !1 } else { !0 }
 }
 
 fn shared() -> &'static Svm {

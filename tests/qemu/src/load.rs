@@ -97,8 +97,8 @@ pub fn end_jobs(shell: &mut Shell, jobs: &[Job]) -> String {
 pub fn check_kernel(shell: &mut Shell) {
     let said = format!("{LOG} >/tmp/after; cmp /tmp/before /tmp/after || dmesg | tail -n 20");
     assert_eq!(must(shell, &said), "");
-    let errors =
-        "cd /sys/class/net/eth0/statistics && cat *_errors *_dropped | grep -v '^0$' || true";
+    // xen-netfront does not count in `rx_dropped`: what no protocol of the guest wants is there.
+    let errors = "cd /sys/class/net/eth0/statistics && grep -v '^0$' *_errors tx_dropped || true";
     assert_eq!(must(shell, errors), "");
 }
 

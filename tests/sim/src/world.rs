@@ -397,7 +397,8 @@ impl Sim {
         traced: bool,
     ) -> Self {
         install_panic_hook();
-        let config = Config { frames, cpus: schedule.cpus, functions, control_pages: 130 };
+        let config =
+            Config { frames, cpus: schedule.cpus, guest_cpus: !0, functions, control_pages: 130 };
         let system = System::with(config);
         let trace = Trace { hash: seed, lines: traced.then(Vec::new) };
         let world = World {
