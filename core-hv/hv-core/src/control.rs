@@ -236,7 +236,7 @@ impl<P: Platform> Core<P> {
             [] => unreachable!("a vCPU has frames"),
         };
         let info = first_info(shared, index);
-        Self::write_time(p, info);
+        Self::write_time(p, info, 0);
         let mut vcpu = Vcpu::new(state, frames, info);
         vcpu.reset();
         vcpu.budget = plan.budget_ns;
@@ -371,6 +371,10 @@ impl<P: Platform> Core<P> {
         for vcpu in &mut domain.vcpus {
             vcpu.period_start = now;
         }
+        if domain.pvh.is_some() {
+            self.begin_time(p, id);
+        }
+        let domain = self.me_mut(id);
         if domain.death.incarnation != 0 && domain.death.restarted_ns == 0 {
             domain.death.restarted_ns = now;
         }
@@ -480,7 +484,7 @@ impl<P: Platform> Core<P> {
         p.zero(shared);
         Self::write_wall_clock(p, shared);
         for v in self.vcpus_of(id) {
-            Self::write_time(p, self.vcpu(v).info);
+            Self::write_time(p, self.vcpu(v).info, 0);
         }
         // From here on a peer's pin is one on a frame alone.
         self.lives += 1;

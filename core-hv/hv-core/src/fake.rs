@@ -93,8 +93,8 @@ pub struct FakeVcpu {
 pub struct FakeGuest {
     /// How it runs.
     pub mode: Mode,
-    /// EFER and PAT.
-    pub msrs: [u64; 4],
+    /// By [`GuestMsr`].
+    pub msrs: [u64; 5],
     /// How it was started last.
     pub started: Option<Start>,
     /// What it was told, and has not taken yet.
@@ -645,6 +645,10 @@ impl Platform for Fake {
         let mut machine = self.machine();
         let furthest = machine.now_ns.saturating_add(machine.timer_range_ns);
         machine.timers[cpu] = deadline_ns.map(|deadline| deadline.min(furthest));
+    }
+
+    fn tsc(&self) -> u64 {
+        self.machine.borrow().now_ns + 1
     }
 
     fn clock(&self) -> Clock {

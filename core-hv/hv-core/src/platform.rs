@@ -193,6 +193,8 @@ pub enum GuestMsr {
     TscAux,
     /// Which state XSAVE saves, and instructions may use.
     Xcr0,
+    /// What is added to the machine's TSC, modulo 2^64, wherever the vCPU reads it.
+    TscOffset,
 }
 
 /// Why the machine cannot run hardware-virtualized domains.
@@ -375,6 +377,8 @@ pub trait Platform {
     fn now_ns(&self) -> u64;
     /// Sets this processor's one timer to an absolute system time, or turns it off.
     fn set_timer(&mut self, deadline_ns: Option<u64>);
+    /// The processors' TSC now.
+    fn tsc(&self) -> u64;
     /// The values that a domain needs to compute system time from its TSC.
     fn clock(&self) -> Clock;
 

@@ -24,6 +24,7 @@ use xen_abi::memory::{
     ADD_TO_PHYSMAP, AddToPhysmap, DECREASE_RESERVATION, POPULATE_PHYSMAP, Reservation,
     SPACE_SHARED_INFO,
 };
+use xen_abi::shared_info::time::TSC_TIMESTAMP;
 use xen_abi::shared_info::{VCPU_PENDING_SEL, VCPU_TIME, VCPU_UPCALL_PENDING};
 use xen_abi::vcpu::{self, RegisterVcpuInfo, SetSingleshotTimer};
 use xen_abi::{DomainId, Errno, EventPort, Gfn, event};
@@ -329,6 +330,30 @@ fn times_of_states_may_be_asked_for_at_any_address() {
         assert_eq!(result, 0, "{address:#x}: without paging every address is one");
         guest.system.check();
     }
+}
+
+/// §4.3: its own counter begins at 0, and the parameters of system time speak of that.
+#[test]
+fn a_life_begins_with_the_counter_at_0() {
+    let mut guest = Guest::new(2);
+    let (tsc, started) = {
+        let core = guest.system.core.lock();
+        let domain = core.domain(guest.id).unwrap();
+        (guest.system.p.clock().tsc_at_zero, domain.started_ns)
+    };
+    assert_ne!(started, 0);
+    // A tick of the fake machine is a ns.
+    let begin = tsc.wrapping_sub(started + tsc);
+    let timestamp = |guest: &Guest, vcpu: usize| -> u64 {
+        let core = guest.system.core.lock();
+        let shared = core.domain(guest.id).unwrap().shared;
+        guest.system.p.load64(shared, vcpu * 64 + VCPU_TIME + TSC_TIMESTAMP)
+    };
+    assert_eq!([0, 1].map(|vcpu| timestamp(&guest, vcpu)), [begin; 2]);
+    guest.system.advance(5_000);
+    let now = guest.system.p.tsc();
+    guest.wrmsr(0, 0x10, 77);
+    assert_eq!([0, 1].map(|vcpu| timestamp(&guest, vcpu)), [(tsc + 77).wrapping_sub(now), begin]);
 }
 
 /// §4.2: nothing that was noted in the old place is lost, and the page cannot become another's.

@@ -401,6 +401,10 @@ impl Platform for Machine {
         apic::set_timer(deadline_ns);
     }
 
+    fn tsc(&self) -> u64 {
+        time::tsc()
+    }
+
     fn clock(&self) -> Clock {
         *time::clock()
     }

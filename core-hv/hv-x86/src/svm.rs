@@ -8,7 +8,7 @@
 //! | CR8 | virtual, in the VMCB |
 //! | x87, SSE, DR0 to DR3 | loaded when another vCPU ran here before, saved when it leaves |
 //! | TSC_AUX (where there is RDTSCP) | through the core; loaded when it differs, 0 for ring 3 |
-//! | TSC | the machine's own, by reading: `vcpu_time_info` speaks of it, on every processor and in every life. Writes are dropped; no offset, no scaling |
+//! | TSC | 0 at the start of each life, by an offset that `vcpu_time_info` speaks of; writes change that of one vCPU. No scaling: a domain does not leave the machine |
 //! | AVX, AVX-512 (where there is XSAVE) | as x87 and SSE, all that [`extended_state`] names, whatever the guest has in XCR0 |
 //! | XCR0 | through the core, by the architecture's rules; loaded when it differs, 1 for ring 3 |
 //! | protection keys | not offered; the register is emptied when another guest's vCPU ran here before |
@@ -83,6 +83,7 @@ mod at {
     pub const INTERCEPT_3: usize = 0x014;
     pub const IO_MAP: usize = 0x040;
     pub const MSR_MAP: usize = 0x048;
+    pub const TSC_OFFSET: usize = 0x050;
     /// ASID, and from bit 32 what to flush.
     pub const ASID: usize = 0x058;
     pub const INTERRUPTS: usize = 0x060;
@@ -745,6 +746,7 @@ impl Guest {
             // Its own, since it has just stopped here: see `save_extended`.
             GuestMsr::Xcr0 if shared().xcr0 != 0 => with_xsave(get_xcr0),
             GuestMsr::Xcr0 => self.xcr0,
+            GuestMsr::TscOffset => self.vmcb.get(at::TSC_OFFSET),
         }
     }
 
@@ -761,6 +763,10 @@ impl Guest {
             }
             GuestMsr::TscAux => self.aux = value,
             GuestMsr::Xcr0 => self.xcr0 = value,
+            GuestMsr::TscOffset => {
+                self.vmcb.set(at::TSC_OFFSET, value);
+                self.dirty |= clean::INTERCEPTS;
+            }
         }
     }
 

@@ -272,6 +272,8 @@ fn now() -> u64 {
 }
 
 fn clock(c: &mut Checks) {
+    /// Ticks of ten minutes or more.
+    const FAR: u64 = 1 << 42;
     let version = load32(SHARED + VCPU_TIME as u64);
     c.that(version > 0 && version.is_multiple_of(2), "the clock is whole");
     let mut last = now();
@@ -282,8 +284,12 @@ fn clock(c: &mut Checks) {
         }
         last = next;
     }
-    c.that(wrmsr(0x10, 0), "the counter can be written");
-    c.that(now() >= last, "and goes on as it was");
+    let begin = load64(SHARED + (VCPU_TIME + time::TSC_TIMESTAMP) as u64);
+    c.that(begin.cast_signed() < 0, "the counter began at 0, and the machine's before");
+    c.that(cpu::tsc() < FAR, "which is not long ago");
+    c.that(wrmsr(0x10, FAR), "the counter can be written");
+    c.that(cpu::tsc() >= FAR, "and goes on from there");
+    c.that((last..last + 1_000_000_000).contains(&now()), "time goes on as it was");
 }
 
 /// §3.4: memory goes back and comes again, empty.

@@ -11,7 +11,7 @@ use crate::domain::NEVER;
 use crate::fault::Answer;
 use crate::frame::Mfn;
 use crate::p2m::Kind;
-use crate::platform::Platform;
+use crate::platform::{GuestMsr, Platform};
 use crate::state::Core;
 use crate::vcpu::{VcpuId, Wait};
 use xen_abi::shared_info::{
@@ -56,16 +56,43 @@ impl Runstate {
 }
 
 impl<P: Platform> Core<P> {
-    /// Writes the parameters of system time, which stay as they are, to a `vcpu_info`.
-    pub(crate) fn write_time(p: &mut P, (info, at): (Mfn, usize)) {
+    /// Writes the parameters of system time to a `vcpu_info`. They change when the vCPU's TSC does.
+    pub(crate) fn write_time(p: &mut P, (info, at): (Mfn, usize), tsc_offset: u64) {
         let clock = p.clock();
         let at = at + VCPU_TIME;
-        p.store64(info, at + time::TSC_TIMESTAMP, clock.tsc_at_zero);
+        let changing = p.load32(info, at + time::VERSION) | 1;
+        p.store32(info, at + time::VERSION, changing);
+        p.store64(info, at + time::TSC_TIMESTAMP, clock.tsc_at_zero.wrapping_add(tsc_offset));
         p.store64(info, at + time::SYSTEM_TIME, 0);
         p.store32(info, at + time::MUL, clock.mul);
         p.store8(info, at + time::SHIFT, clock.shift.cast_unsigned());
         p.store8(info, at + time::FLAGS, 1);
-        p.store32(info, at + time::VERSION, 2);
+        p.store32(info, at + time::VERSION, changing.wrapping_add(1));
+    }
+
+    /// Sets by how much a vCPU's TSC is ahead of the machine's.
+    pub(super) fn set_tsc_offset(
+        &mut self,
+        p: &mut P,
+        v: VcpuId,
+        state: &mut P::Vcpu,
+        offset: u64,
+    ) {
+        P::set_guest_msr(state, GuestMsr::TscOffset, offset);
+        let vcpu = self.vcpu_mut(v);
+        vcpu.virt.tsc_offset = offset;
+        Self::write_time(p, vcpu.info, offset);
+    }
+
+    /// Lets all TSCs of a domain begin at 0.
+    pub(crate) fn begin_time(&mut self, p: &mut P, id: DomainId) {
+        let offset = p.tsc().wrapping_neg();
+        for v in self.vcpus_of(id) {
+            if let Some(mut state) = self.vcpu_mut(v).state.take() {
+                self.set_tsc_offset(p, v, &mut state, offset);
+                self.vcpu_mut(v).state = Some(state);
+            }
+        }
     }
 
     /// `VCPUOP_register_vcpu_info` (§4.2).
@@ -92,7 +119,7 @@ impl<P: Platform> Core<P> {
         p.copy(old, new, VCPU_INFO_SIZE);
         self.frames.pin(new.0);
         self.vcpu_mut(v).info = new;
-        Self::write_time(p, new);
+        Self::write_time(p, new, self.vcpu(v).virt.tsc_offset);
         // What was noted in the old place meanwhile is not lost.
         p.store64(new.0, new.1 + VCPU_PENDING_SEL, u64::MAX);
         p.store8(new.0, new.1 + VCPU_UPCALL_PENDING, 1);

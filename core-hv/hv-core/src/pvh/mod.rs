@@ -50,6 +50,8 @@ pub struct Virtual {
     pub reset: bool,
     /// And begin at this page then.
     pub start_page: Option<u8>,
+    /// By how much its TSC is ahead of the machine's, modulo 2^64.
+    pub tsc_offset: u64,
     pub(crate) runstate: Runstate,
 }
 
@@ -74,6 +76,7 @@ impl Virtual {
             nmi: false,
             reset: false,
             start_page: None,
+            tsc_offset: 0,
             runstate: Runstate::new(),
         }
     }

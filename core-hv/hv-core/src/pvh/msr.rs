@@ -136,10 +136,12 @@ impl<P: Platform> Core<P> {
                 Some(())
             }
             HYPERCALL_PAGE_MSR => self.fill_hypercall_page(p, v, value),
-            // A clock of its own would not be the one that its vcpu_info speaks of.
-            TSC | PATCH_LEVEL | SYSTEM_CONFIG | HARDWARE_CONFIG | NORTHBRIDGE | DECODE_CONFIG => {
+            TSC => {
+                let offset = value.wrapping_sub(p.tsc());
+                self.set_tsc_offset(p, v, state, offset);
                 Some(())
             }
+            PATCH_LEVEL | SYSTEM_CONFIG | HARDWARE_CONFIG | NORTHBRIDGE | DECODE_CONFIG => Some(()),
             PERFORMANCE..=0xc001_0007 => Some(()),
             DEBUG_CONTROL | LAST_BRANCHES..=LAST_BRANCHES_END => (value == 0).then_some(()),
             _ => {
