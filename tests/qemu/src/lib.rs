@@ -337,17 +337,6 @@ impl Default for Random {
     }
 }
 
-/// The dose of a test that is not among those of every change: `command` sets it by the environment.
-/// `None` without it, which is said.
-#[must_use]
-pub fn soak_dose(name: &str, command: &str) -> Option<u64> {
-    let is_set = std::env::var_os(name).is_some();
-    if !is_set {
-        eprintln!("SKIPPED: run it by `{command}`");
-    }
-    is_set.then(|| dose(name, 0))
-}
-
 /// A number that a longer run may change by the environment.
 #[must_use]
 pub fn dose(name: &str, usual: u64) -> u64 {
