@@ -241,9 +241,10 @@ impl Blkback {
                 continue;
             }
             if core::mem::take(&mut station.news) {
-                if let VolumeState::Failed(message) = &station.volume {
-                    let message = message.clone();
-                    self.report(env, store, id, &message)?;
+                if let VolumeState::Failed(message) = &station.volume
+                    && let Some(vbd) = self.vbds.get_mut(&id)
+                {
+                    vbd.end.report(store, env.now_ns(), message)?;
                 }
                 self.refresh(env, store, id)?;
             }
@@ -272,7 +273,7 @@ impl Blkback {
                 sectors: limits.map_or(0, |limits| limits.sectors),
                 queues: link.map_or(0, |link| link.queues.len()),
                 persistent: link.is_some_and(|link| link.persistent),
-                fault: vbd.fault.clone(),
+                fault: vbd.end.fault().map(Into::into),
                 stats: link.map(|link| link.stats).unwrap_or_default(),
             }
         })

@@ -14,7 +14,7 @@ use crate::store::Nodes;
 use crate::wire;
 use alloc::format;
 use alloc::string::{String, ToString};
-use core::fmt::Display;
+use core::fmt::{Display, Formatter};
 use core::str::FromStr;
 use xen_abi::xenstore::XenbusState;
 use xen_abi::{DomainId, Errno, EventPort, GrantRef};
@@ -63,6 +63,18 @@ impl Device {
     #[must_use]
     pub fn backend_path(&self) -> String {
         backend_path(self.backend, self.kind, self.frontend, self.index)
+    }
+
+    /// Where its backend writes why it does not serve it, as Linux does (`xenbus_dev_error`).
+    #[must_use]
+    pub fn error_path(&self) -> String {
+        format!("error/backend/{}/{}/{}/error", self.kind.name(), self.frontend.0, self.index)
+    }
+}
+
+impl Display for Device {
+    fn fmt(&self, f: &mut Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{}{}.{}", self.kind.name(), self.frontend.0, self.index)
     }
 }
 
@@ -243,17 +255,4 @@ pub fn switch_state<S: Nodes + ?Sized>(
         return Ok(());
     }
     write(store, directory, "state", new.0)
-}
-
-/// Tells the administrator what is wrong with a device's peer: writes `message` to the node
-/// `error` of the device's own directory.
-///
-/// # Errors
-/// See [`Nodes`].
-pub fn report_error<S: Nodes + ?Sized>(
-    store: &mut S,
-    directory: &str,
-    message: &str,
-) -> Result<(), Errno> {
-    write(store, directory, "error", message)
 }

@@ -3,14 +3,16 @@
 //! [`wire`] turns messages into bytes and back, for both ends. [`Client`] speaks the protocol
 //! over a [`Transport`], which is a ring and an event port in a domain, or a server in the same
 //! process in a test. [`Nodes`] and [`Store`] are what users of the store are written against.
-//! [`device`] knows where split devices keep their keys, and [`takeover()`] what a new incarnation
-//! of a backend does about each of them. The database itself is the `xenstore` crate.
+//! [`device`] knows where split devices keep their keys, [`takeover()`] what a new incarnation
+//! of a backend does about each of them, and [`backend`] does it. The database itself is the
+//! `xenstore` crate.
 
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+pub mod backend;
 mod client;
 pub mod device;
 mod store;
