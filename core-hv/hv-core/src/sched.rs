@@ -116,18 +116,18 @@ impl Sched {
         }
     }
 
-    /// Those of some processors that there are.
-    fn among(&self, cpus: u64) -> impl Iterator<Item = CpuId> + use<> {
-        let count = u8::try_from(self.count).unwrap_or(0);
-        (0..count).filter(move |cpu| cpus & 1 << cpu != 0).map(CpuId)
+    /// Takes a vCPU out of a queue. The others keep their order.
+    #[inline]
+    fn take(&mut self, queue: usize, position: usize) -> Option<VcpuId> {
+        match position {
+            0 => self.queues[queue].pop_front(),
+            _ => self.take_from_within(queue, position),
+        }
     }
 
-    /// Takes a vCPU out of a queue. The others keep their order.
-    fn take(&mut self, queue: usize, position: usize) -> Option<VcpuId> {
+    #[cold]
+    fn take_from_within(&mut self, queue: usize, position: usize) -> Option<VcpuId> {
         let queue = &mut self.queues[queue];
-        if position == 0 {
-            return queue.pop_front();
-        }
         let taken = queue.iter().nth(position).copied()?;
         for _ in 0..queue.len() {
             if let Some(v) = queue.pop_front().filter(|&v| v != taken) {
@@ -221,41 +221,44 @@ impl<P: Platform> Core<P> {
 
     /// Processors that may run this vCPU, a bit for each.
     fn cpus_for(&self, v: VcpuId) -> u64 {
-        if self.me(v.domain).pvh.is_some() { self.sched.guests } else { !0 }
+        let guests = self.sched.guests;
+        if guests != !0 && self.me(v.domain).pvh.is_some() { guests } else { !0 }
     }
 
     /// What a processor would run next: its queue, and its position there.
+    #[inline]
     fn best(&self, cpu: CpuId) -> Option<(usize, usize)> {
-        let suits = |&v: &VcpuId| self.cpus_for(v) & 1 << cpu.0 != 0;
+        if self.sched.guests & 1 << cpu.0 == 0 {
+            return self.best_unikernel();
+        }
+        Some((self.sched.queues.iter().position(|queue| !queue.is_empty())?, 0))
+    }
+
+    #[cold]
+    fn best_unikernel(&self) -> Option<(usize, usize)> {
+        let suits = |v: &VcpuId| self.me(v.domain).pvh.is_none();
         let mut queues = self.sched.queues.iter().enumerate();
         queues.find_map(|(index, queue)| Some((index, queue.iter().position(suits)?)))
     }
 
-    /// Wakes an idle processor for a vCPU, if there is one.
-    fn find_idle(&mut self, p: &mut P, v: VcpuId) -> bool {
-        let mut cpus = self.sched.among(self.cpus_for(v));
-        let idle = cpus.find(|&cpu| core::mem::take(&mut self.sched.cpu(cpu).idle));
-        if let Some(cpu) = idle {
-            p.kick(cpu);
-        }
-        idle.is_some()
-    }
-
     fn find_cpu(&mut self, p: &mut P, v: VcpuId, queue: usize) {
-        let me = p.cpu();
-        let cpus = self.cpus_for(v);
+        let (me, cpus) = (p.cpu(), self.cpus_for(v));
         let here = self.sched.cpu(me);
         if cpus & 1 << me.0 != 0 && here.running.is_none() && !here.reschedule {
             // On its way to pick something anyway.
             here.reschedule = true;
             return;
         }
-        if self.find_idle(p, v) {
-            return;
-        }
         let mut worst = None;
-        for id in self.sched.among(cpus) {
-            let cpu = self.sched.cpu(id);
+        for index in 0..self.sched.count {
+            let cpu = &mut self.sched.cpus[index];
+            if cpus & 1 << index == 0 {
+                continue;
+            }
+            let id = CpuId(u8::try_from(index).unwrap_or(0));
+            if core::mem::take(&mut cpu.idle) {
+                return p.kick(id);
+            }
             let running = cpu.running.filter(|_| !cpu.reschedule);
             let Some(v) = running else { continue };
             let rank = self.me(v.domain).queue(v.index);
@@ -501,8 +504,11 @@ impl<P: Platform> Core<P> {
             let queue = domain.queue(v.index);
             self.vcpu_mut(v).queued = true;
             self.sched.push(queue, v);
-            // What comes next here may be what no idle processor can run; this is perhaps not.
-            self.find_idle(p, v);
+            if self.sched.guests != !0 {
+                // What comes next here may be what an idle processor cannot run, other than this one.
+                self.sched.cpu(p.cpu()).reschedule = true;
+                self.find_cpu(p, v, EXHAUSTED);
+            }
         }
     }
 
