@@ -505,7 +505,7 @@ impl<P: Platform> Core<P> {
             self.vcpu_mut(v).queued = true;
             self.sched.push(queue, v);
             if self.sched.guests != !0 {
-                // What comes next here may be what an idle processor cannot run, other than this one.
+                // Idle processors may be idle because they cannot run what comes next here.
                 self.sched.cpu(p.cpu()).reschedule = true;
                 self.find_cpu(p, v, EXHAUSTED);
             }
